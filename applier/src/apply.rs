@@ -1,0 +1,81 @@
+//! Applying a plan to processes: prepared once, installed in each.
+
+use crate::error::ApplyError;
+use crate::generation::{Generation, Library, prepare};
+use crate::install::{Applied, install};
+use crate::status::{State, status};
+use dyni_schema::Plan;
+use dyni_schema::envelope::{content_id, seal};
+
+/// A plan on its way into one or more processes that run the same builds.
+#[derive(Debug)]
+pub struct Applier<'p> {
+    plan: &'p Plan,
+    id: [u8; 32],
+    fuel: Option<usize>,
+    library: Library,
+    generations: Vec<Generation>,
+}
+
+/// What would be installed in a process.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    /// The module's base name.
+    pub name: String,
+    /// How many functions would get a copy.
+    pub functions: usize,
+    /// The size of the code, bytes.
+    pub code_size: u64,
+    /// The size of its hot part, bytes.
+    pub hot_size: u64,
+    /// Why functions are left out: the reason, and how many.
+    pub refused: Vec<(String, u32)>,
+}
+
+impl<'p> Applier<'p> {
+    /// For this plan. `fuel` bounds the number of functions that are copied, to find one that is at fault.
+    ///
+    /// # Errors
+    /// The plan breaks a rule of its type.
+    pub fn new(plan: &'p Plan, fuel: Option<usize>) -> Result<Self, ApplyError> {
+        let id = content_id(&seal(plan)?);
+        Ok(Self { plan, id, fuel, library: Library::default(), generations: Vec::new() })
+    }
+
+    /// Makes and checks the code for process `pid` without touching the process.
+    ///
+    /// # Errors
+    /// Why it can't be done.
+    pub fn prepare(&mut self, pid: i32) -> Result<Vec<Prepared>, ApplyError> {
+        self.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true)?;
+        Ok(self.generations.iter().map(Generation::summary).collect())
+    }
+
+    /// Applies the plan to process `pid`, which must not be dynimized with another plan. What was prepared for another
+    /// process of the group serves again where it fits.
+    ///
+    /// # Errors
+    /// Why it can't be done; the process is then as it was.
+    pub fn apply(&mut self, pid: i32) -> Result<Applied, ApplyError> {
+        let now = status(pid)?;
+        if now.modules.iter().any(|m| m.state != State::Undynimized && m.plan != self.id) {
+            return Err(ApplyError::OtherPlan(pid));
+        }
+        if !self.generations.is_empty() {
+            match install(pid, &self.generations) {
+                Ok(applied) if !applied.modules.is_empty() => return Ok(applied),
+                Ok(_) | Err(ApplyError::Changed(_) | ApplyError::UnwinderNotTold { .. }) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        let mut try_with = |tell_unwinder| {
+            self.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
+            install(pid, &self.generations)
+        };
+        match try_with(true) {
+            // Then without the functions for which that matters; nor is anything told that the checker does not vouch for.
+            Err(ApplyError::UnwinderNotTold { .. } | ApplyError::Misdescribed(_)) => try_with(false),
+            done => done,
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The checker: proves every copied block against its original before it is installed, in release builds too.
+//!
+//! It shares no code with [`lower`](crate::lower) and trusts only two things: the original bytes, and the decoder. The
+//! claim it proves, for every pair (original X, copy Y) of the block map: *execution from Y does what execution from X
+//! does*. It walks the two side by side:
+//!
+//! - an instruction must have the same bytes, except that a RIP-relative displacement must denote the same address;
+//! - a `nop` of the original may be missing in the copy;
+//! - where the original goes on at Z (a jump, either way of a branch, or the end of the block), the copy must go on at Z
+//!   itself, or at the copy of Z that the block map names, with at most direct jumps between;
+//! - a call must go to the same function, or to the copy of its entry.
+//!
+//! What it takes for granted is that nobody looks at return addresses; which calls must stay in the original because
+//! somebody does is the analyzer's to say (`KeepOriginal`).
+//!
+//! As every block of the map is proven and every edge ends in the map or in the original, the claim follows for whole
+//! executions by induction on their length. Like regalloc2's checker, this verifies each result, not the algorithm.
+
+use crate::lower::{CopiedBlock, Emission};
+use dyni_schema::{CacheAddr, LinkAddr};
+use iced_x86::{Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use rayon::prelude::*;
+
+/// Two places that mean the same: an instruction boundary of the original and one of the copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pair {
+    /// In the original.
+    pub original: LinkAddr,
+    /// In the copy.
+    pub copy: CacheAddr,
+}
+
+/// A copy that is not its original. This is a bug in dyni: the whole module is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the copy at cache {copy} does not match the original at {original}: {what}")]
+pub struct Mismatch {
+    /// Where in the original.
+    pub original: LinkAddr,
+    /// Where in the cache.
+    pub copy: CacheAddr,
+    /// What is wrong.
+    pub what: &'static str,
+}
+
+/// The original code of a module, as read from the live process.
+pub trait Originals: Sync {
+    /// The bytes from `at`, `len` of them.
+    fn bytes(&self, at: LinkAddr, len: usize) -> Option<&[u8]>;
+}
+
+/// What the checker knows of a copy.
+#[derive(Clone, Copy)]
+struct Copies<'a> {
+    code: &'a [u8],
+    cache: LinkAddr,
+    blocks: &'a [CopiedBlock],
+}
+
+impl Copies<'_> {
+    /// The instruction of the copy at link address `at`.
+    fn decode(&self, at: u64) -> Option<Instruction> {
+        let offset = usize::try_from(LinkAddr(at).distance(self.cache)).ok()?;
+        let bytes = self.code.get(offset..)?;
+        let bytes = &bytes[..bytes.len().min(15)];
+        let instruction = Decoder::with_ip(64, bytes, at, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
+
+    /// Whether going to `to` means what going to the original's `original` means.
+    fn means(&self, to: u64, original: u64) -> bool {
+        to == original
+            || self
+                .blocks
+                .binary_search_by_key(&LinkAddr(original), |b| b.original)
+                .is_ok_and(|i| self.cache.plus(self.blocks[i].copy.0).0 == to)
+    }
+
+    /// Whether the copy, being at `at`, goes on where the original goes on at `original`.
+    fn goes_on(&self, at: u64, original: u64) -> bool {
+        self.means(at, original)
+            || self.decode(at).is_some_and(|i| is_jump(&i) && self.means(i.near_branch_target(), original))
+    }
+}
+
+fn is_jump(i: &Instruction) -> bool {
+    matches!(i.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64)
+}
+
+/// A `jcc` as the number of its condition, the lowest bit of which is its sense.
+fn condition(i: &Instruction) -> Option<u8> {
+    // The decoder gives `loope` and `loopne` a condition too.
+    let jcc = i.flow_control() == FlowControl::ConditionalBranch && !is_counter_branch(i);
+    (jcc && i.condition_code() != ConditionCode::None).then(|| i.condition_code() as u8 - 1)
+}
+
+fn is_counter_branch(i: &Instruction) -> bool {
+    matches!(
+        i.mnemonic(),
+        Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne | Mnemonic::Jrcxz | Mnemonic::Jecxz | Mnemonic::Jcxz
+    )
+}
+
+/// Checks every block of an emission whose cache lies at link address `cache`.
+///
+/// # Errors
+/// The first mismatch, by original address.
+pub fn check(emission: &Emission, cache: LinkAddr, originals: &dyn Originals) -> Result<(), Mismatch> {
+    let copies = Copies { code: &emission.code, cache, blocks: &emission.blocks };
+    emission
+        .blocks
+        .par_iter()
+        .map(|block| walk(copies, block, originals).map(drop))
+        .collect::<Vec<_>>()
+        .into_iter()
+        .collect()
+}
+
+/// The instruction boundaries that correspond, in one block; made by the same walk that checks it.
+///
+/// # Errors
+/// The block is not a copy of its original.
+pub fn pairs(
+    code: &[u8],
+    cache: LinkAddr,
+    blocks: &[CopiedBlock],
+    block: &CopiedBlock,
+    originals: &dyn Originals,
+) -> Result<Vec<Pair>, Mismatch> {
+    walk(Copies { code, cache, blocks }, block, originals)
+}
+
+fn walk(copies: Copies<'_>, block: &CopiedBlock, originals: &dyn Originals) -> Result<Vec<Pair>, Mismatch> {
+    let end = block.original.0.wrapping_add(u64::from(block.size));
+    let mut at = copies.cache.plus(block.copy.0).0;
+    let mut pairs = Vec::new();
+    let fault = |original: u64, at: u64, what| Mismatch {
+        original: LinkAddr(original),
+        copy: CacheAddr(at.wrapping_sub(copies.cache.0)),
+        what,
+    };
+    let Some(bytes) = originals.bytes(block.original, block.size as usize) else {
+        return Err(fault(block.original.0, at, "the original's bytes are not known"));
+    };
+    let mut decoder = Decoder::with_ip(64, bytes, block.original.0, DecoderOptions::NONE);
+    while decoder.can_decode() {
+        let o = decoder.decode();
+        let here = at;
+        let wrong = |what| Err(fault(o.ip(), here, what));
+        if o.is_invalid() {
+            return wrong("the original is not an instruction");
+        }
+        pairs.push(Pair { original: LinkAddr(o.ip()), copy: CacheAddr(at.wrapping_sub(copies.cache.0)) });
+        if o.mnemonic() == Mnemonic::Nop {
+            continue;
+        }
+        if is_jump(&o) {
+            let ok = o.next_ip() == end && copies.goes_on(at, o.near_branch_target());
+            return if ok { Ok(pairs) } else { wrong("a jump goes elsewhere") };
+        }
+        let Some(c) = copies.decode(at) else { return wrong("the copy is not an instruction") };
+        if let Some(sense) = condition(&o) {
+            let (taken, fall) = (o.near_branch_target(), o.next_ip());
+            let to = c.near_branch_target();
+            let ok = match condition(&c) {
+                Some(same) if same == sense => copies.means(to, taken) && copies.goes_on(c.next_ip(), fall),
+                Some(other) if other == sense ^ 1 => copies.means(to, fall) && copies.goes_on(c.next_ip(), taken),
+                _ => false,
+            };
+            return if ok && fall == end { Ok(pairs) } else { wrong("a branch goes elsewhere") };
+        }
+        if is_counter_branch(&o) {
+            let ok = c.code() == o.code() && counter_branch(copies, &c, o.near_branch_target(), o.next_ip());
+            return if ok && o.next_ip() == end { Ok(pairs) } else { wrong("a counting branch goes elsewhere") };
+        }
+        if o.code() == Code::Call_rel32_64 {
+            if c.code() != Code::Call_rel32_64 || !copies.means(c.near_branch_target(), o.near_branch_target()) {
+                return wrong("a call goes elsewhere");
+            }
+        } else if !same_instruction(copies, bytes, block.original.0, &o, &c) {
+            return wrong("an instruction differs");
+        }
+        at = c.next_ip();
+        match o.flow_control() {
+            FlowControl::Return | FlowControl::IndirectBranch => {
+                return if o.next_ip() == end { Ok(pairs) } else { wrong("a block goes on after its end") };
+            }
+            FlowControl::Next | FlowControl::Call | FlowControl::IndirectCall | FlowControl::Exception => {}
+            // The kernel comes back behind it, or a handler steps over it, or nobody does.
+            FlowControl::Interrupt => {}
+            FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch | FlowControl::XbeginXabortXend => {
+                return wrong("a branch that has no copy");
+            }
+        }
+    }
+    if copies.goes_on(at, end) { Ok(pairs) } else { Err(fault(end, at, "the end of the block goes elsewhere")) }
+}
+
+/// `loop` and its like have no long form: the copy goes over a short jump to a long one.
+fn counter_branch(copies: Copies<'_>, c: &Instruction, taken: u64, fall: u64) -> bool {
+    let Some(over) = copies.decode(c.next_ip()) else { return false };
+    is_jump(&over)
+        && c.near_branch_target() == over.next_ip()
+        && copies.decode(over.next_ip()).is_some_and(|far| {
+            is_jump(&far)
+                && copies.means(far.near_branch_target(), taken)
+                && over.near_branch_target() == far.next_ip()
+                && copies.goes_on(far.next_ip(), fall)
+        })
+}
+
+/// The same bytes, but for a RIP-relative displacement, which must denote the same address.
+fn same_instruction(copies: Copies<'_>, bytes: &[u8], base: u64, o: &Instruction, c: &Instruction) -> bool {
+    if o.len() != c.len() || o.code() != c.code() {
+        return false;
+    }
+    let from = (o.ip() - base) as usize;
+    let original = &bytes[from..from + o.len()];
+    let offset = c.ip().wrapping_sub(copies.cache.0) as usize;
+    let copy = &copies.code[offset..offset + c.len()];
+    if !o.is_ip_rel_memory_operand() {
+        return original == copy;
+    }
+    if !c.is_ip_rel_memory_operand() || o.ip_rel_memory_address() != c.ip_rel_memory_address() {
+        return false;
+    }
+    // Where the displacement lies is asked of the decoder, of the original's bytes.
+    let mut decoder = Decoder::with_ip(64, original, o.ip(), DecoderOptions::NONE);
+    let again = decoder.decode();
+    let at = decoder.get_constant_offsets(&again).displacement_offset();
+    original[..at] == copy[..at] && original[at + 4..] == copy[at + 4..]
+}

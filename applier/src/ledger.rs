@@ -1,0 +1,331 @@
+//! The ledger: what was done to a process, kept in that process, so that a later dyni can tell and undo it.
+//!
+//! One ledger describes one generation: one module's code cache and the patches that lead into it. It lies in a
+//! read-only private mapping of its own: a [`Journal`] of a few numbers, then the sealed [`Ledger`], which never changes
+//! once written. **What is in force is not written anywhere: the text says it.** A patch is in force if the bytes at its
+//! place are its own; so a dyni that died between two patches leaves nothing untrue behind.
+//!
+//! A ledger is found by looking for its first bytes in the private, read-only, anonymous mappings of the process. It is
+//! as untrusted as any file: the process could have written it (invariant 9).
+
+use crate::lower::CopiedBlock;
+use crate::remote::{Memory, RemoteError};
+use crate::unwind::register::{self, Place};
+use dyni_collector::maps::Mapping;
+use dyni_schema::envelope::{self, Kind, OpenError, Record, SealError, decode, encode};
+use dyni_schema::{BuildId, CacheAddr, Invalid, LinkAddr, RunAddr};
+use rkyv::util::AlignedVec;
+use rkyv::{Archive, Deserialize, Serialize};
+
+/// The length in bytes of a patch: `jmp rel32`.
+pub const PATCH: usize = 5;
+/// The first bytes of a ledger's mapping, written last.
+pub(crate) const MAGIC: [u8; 8] = *b"\x7fdyniLDG";
+/// Where the sealed ledger starts, in bytes from the mapping's start.
+const SEALED_AT: u64 = 128;
+/// Where in it the names of the mappings are, and the names.
+const NAMES_AT: u64 = 96;
+const NAMES: [&[u8]; 2] = [b"dyni ledger\0", b"dyni cache\0"];
+const PAGE: u64 = 4096;
+
+/// What was done to one module in one process. Addresses are link addresses unless they say otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct Ledger {
+    /// The id of the plan (BLAKE3 of its sealed bytes).
+    pub plan: [u8; 32],
+    /// The program's name in the plan.
+    pub program: String,
+    /// Which module.
+    pub build_id: BuildId,
+    /// Its base name.
+    pub module: String,
+    /// Its load bias in this process.
+    pub bias: u64,
+    /// Where its code cache is: a run address.
+    pub cache: u64,
+    /// How many bytes are mapped there.
+    pub cache_size: u64,
+    /// How many of them, from the first, are code.
+    pub code_size: u64,
+    /// How many of those, from the first, are hot.
+    pub hot_size: u64,
+    /// BLAKE3 of the code.
+    pub code_hash: [u8; 32],
+    /// The first byte of each copied function, rising.
+    pub functions: Vec<u64>,
+    /// Its length in bytes.
+    pub function_sizes: Vec<u32>,
+    /// Where each patch is, rising.
+    pub patches: Vec<u64>,
+    /// What was there.
+    pub originals: Vec<[u8; PATCH]>,
+    /// What is there while the generation is in force.
+    pub replacements: Vec<[u8; PATCH]>,
+    /// Copied blocks: where the original is, rising.
+    pub block_original: Vec<u64>,
+    /// Its length in bytes.
+    pub block_size: Vec<u32>,
+    /// The copy's offset in the cache.
+    pub block_copy: Vec<u32>,
+    /// The copy's length in bytes.
+    pub block_copy_size: Vec<u32>,
+    /// Where copies may jump to in the original, rising.
+    pub escapes: Vec<u64>,
+    /// Pages of the process (run addresses) that dyni wrote to and put back: they are private since, but unchanged.
+    pub borrowed_pages: Vec<u64>,
+    /// Where in the cache the unwind data are that the process's unwinder is told of, as a run address; 0 if none.
+    pub unwind: u64,
+    /// Where the writable memory for that is mapped: a run address; 0 if none.
+    pub unwind_data: u64,
+    /// Why functions of the plan are not in the generation: the reason, and how many.
+    pub refused: Vec<(String, u32)>,
+}
+
+/// The numbers of a ledger that are written as things happen, each by one write of eight bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Journal {
+    /// Not zero once a thread may have been in the cache: from then on it stays mapped.
+    pub entered: u64,
+    /// How many patches were put in force by the last apply; 0 until it was done.
+    pub applied: u64,
+    /// How long all threads were stopped for it, ns.
+    pub stop_ns: u64,
+    /// How many threads there were.
+    pub threads: u64,
+    /// When, seconds since 1970-01-01 UTC.
+    pub applied_at_s: u64,
+    /// How many bytes of the cache lie in huge pages.
+    pub huge_bytes: u64,
+}
+
+impl Journal {
+    const LEN: usize = 48;
+
+    fn to_bytes(self) -> [u8; Self::LEN] {
+        let fields = [self.entered, self.applied, self.stop_ns, self.threads, self.applied_at_s, self.huge_bytes];
+        let bytes: Vec<u8> = fields.iter().flat_map(|f| f.to_le_bytes()).collect();
+        bytes.try_into().expect("six fields of eight bytes")
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Self {
+        let field = |i: usize| u64::from_le_bytes(bytes[8 * i..8 * i + 8].try_into().expect("eight bytes"));
+        Self {
+            entered: field(0),
+            applied: field(1),
+            stop_ns: field(2),
+            threads: field(3),
+            applied_at_s: field(4),
+            huge_bytes: field(5),
+        }
+    }
+}
+
+impl Record for Ledger {
+    const KIND: Kind = Kind::Ledger;
+    const VERSION: u16 = 1;
+
+    fn to_payload(&self) -> Result<AlignedVec, SealError> {
+        encode(self)
+    }
+
+    fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
+        match version {
+            1 => decode::<Self, Self>(payload),
+            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
+        }
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        let rule = |ok: bool, what: &str| if ok { Ok(()) } else { Err(Invalid(format!("ledger: {what}"))) };
+        let rising = |list: &[u64]| list.windows(2).all(|w| w[0] < w[1]);
+        rule(self.functions.len() == self.function_sizes.len() && rising(&self.functions), "bad function table")?;
+        let n = self.patches.len();
+        rule(n == self.originals.len() && n == self.replacements.len(), "patch columns differ in length")?;
+        rule(self.patches.windows(2).all(|w| w[1] - w[0].min(w[1]) >= PATCH as u64), "patches overlap")?;
+        rule(self.replacements.iter().all(|r| r[0] == 0xe9), "a patch is not a jump")?;
+        let n = self.block_original.len();
+        let columns = [self.block_size.len(), self.block_copy.len(), self.block_copy_size.len()];
+        rule(columns == [n; 3] && rising(&self.block_original), "bad block table")?;
+        let end = |i: usize| u64::from(self.block_copy[i]) + u64::from(self.block_copy_size[i]);
+        rule((0..n).all(|i| end(i) <= self.code_size), "a block lies outside the code")?;
+        rule(self.hot_size <= self.code_size && self.code_size <= self.cache_size, "bad sizes")?;
+        rule(self.cache_size <= 1 << 31 && self.cache.checked_add(self.cache_size).is_some(), "bad cache")?;
+        rule(rising(&self.escapes), "escapes are not sorted")
+    }
+}
+
+impl Ledger {
+    /// Where its patches are in the process, each with the original bytes and the jump.
+    pub fn patches(&self) -> impl Iterator<Item = (RunAddr, [u8; PATCH], [u8; PATCH])> + '_ {
+        let at = self.patches.iter().map(|&at| LinkAddr(at).run(self.bias));
+        at.zip(&self.originals).zip(&self.replacements).map(|((at, &original), &jump)| (at, original, jump))
+    }
+
+    /// The block map, by rising original.
+    #[must_use]
+    pub fn blocks(&self) -> Vec<CopiedBlock> {
+        (0..self.block_original.len())
+            .map(|i| CopiedBlock {
+                original: LinkAddr(self.block_original[i]),
+                size: self.block_size[i],
+                copy: CacheAddr(u64::from(self.block_copy[i])),
+                copy_size: self.block_copy_size[i],
+            })
+            .collect()
+    }
+
+    /// Stores the block map.
+    pub fn set_blocks(&mut self, blocks: &[CopiedBlock]) {
+        self.block_original = blocks.iter().map(|b| b.original.0).collect();
+        self.block_size = blocks.iter().map(|b| b.size).collect();
+        self.block_copy = blocks.iter().map(|b| u32::try_from(b.copy.0).expect("a cache is below 2 GB")).collect();
+        self.block_copy_size = blocks.iter().map(|b| b.copy_size).collect();
+    }
+
+    /// The link address of the cache.
+    #[must_use]
+    pub fn cache_link(&self) -> LinkAddr {
+        RunAddr(self.cache).link(self.bias)
+    }
+
+    /// Whether this run address lies in its code.
+    #[must_use]
+    pub fn holds(&self, at: RunAddr) -> bool {
+        at.0.checked_sub(self.cache).is_some_and(|offset| offset < self.code_size)
+    }
+}
+
+/// A ledger in a process.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Where its mapping starts.
+    pub at: RunAddr,
+    /// The length of the mapping in bytes.
+    pub size: u64,
+    /// What it says.
+    pub ledger: Ledger,
+    /// Its numbers, as they were when it was read.
+    pub journal: Journal,
+}
+
+impl Entry {
+    /// How many of its patches are in force.
+    #[must_use]
+    pub fn in_force(&self, memory: &Memory) -> usize {
+        let live = |at: RunAddr| memory.read_vec(at, PATCH).ok();
+        self.ledger.patches().filter(|(at, _, jump)| live(*at).as_deref() == Some(jump)).count()
+    }
+
+    /// The original bytes of the module from `at`, whether its patches are in force or not.
+    pub(crate) fn original_bytes(&self, memory: &Memory, at: LinkAddr, len: usize) -> Option<Vec<u8>> {
+        let mut bytes = memory.read_vec(at.run(self.ledger.bias), len).ok()?;
+        let end = at.plus(len as u64);
+        let first = self.ledger.patches.partition_point(|&p| p + PATCH as u64 <= at.0);
+        let patches = self.ledger.patches[first..].iter().zip(&self.ledger.originals[first..]);
+        for (&place, original) in patches.take_while(|(p, _)| LinkAddr(**p) < end) {
+            for (i, &byte) in original.iter().enumerate() {
+                let offset = (place + i as u64).wrapping_sub(at.0) as usize;
+                if let Some(slot) = bytes.get_mut(offset) {
+                    *slot = byte;
+                }
+            }
+        }
+        Some(bytes)
+    }
+
+    /// Where the things lie that telling the unwinder needs; `None` if it is not told.
+    pub(crate) fn unwind_place(&self) -> Option<Place> {
+        let ledger = &self.ledger;
+        (ledger.unwind != 0).then(|| Place {
+            code: RunAddr(ledger.cache + ledger.cache_size - register::CODE_LEN),
+            data: RunAddr(ledger.unwind_data),
+            section: RunAddr(ledger.unwind),
+        })
+    }
+
+    /// Where the name of the ledger's mapping is written, for the kernel to copy.
+    pub(crate) fn name_of_ledger(&self) -> RunAddr {
+        self.at.plus(NAMES_AT)
+    }
+
+    /// Where the name of the cache's mapping is written.
+    pub(crate) fn name_of_cache(&self) -> RunAddr {
+        self.at.plus(NAMES_AT + NAMES[0].len() as u64)
+    }
+
+    /// Writes the numbers, the one at `entered` first.
+    pub(crate) fn write_journal(&mut self, memory: &Memory, journal: Journal) -> Result<(), RemoteError> {
+        self.journal = journal;
+        memory.write(self.at.plus(MAGIC.len() as u64 + 16), &journal.to_bytes())
+    }
+}
+
+/// The bytes of a mapping that holds this ledger, but for [`MAGIC`], which makes it one and is written last.
+pub(crate) fn seal(ledger: &Ledger) -> Result<Vec<u8>, SealError> {
+    let sealed = envelope::seal(ledger)?;
+    let mut bytes = vec![0; SEALED_AT as usize];
+    bytes[8..16].copy_from_slice(&1u64.to_le_bytes());
+    bytes[16..24].copy_from_slice(&(sealed.len() as u64).to_le_bytes());
+    let names = NAMES.concat();
+    bytes[NAMES_AT as usize..NAMES_AT as usize + names.len()].copy_from_slice(&names);
+    bytes.extend(sealed);
+    Ok(bytes)
+}
+
+/// Makes what was written at `at` a ledger.
+pub(crate) fn publish(memory: &Memory, at: RunAddr) -> Result<(), RemoteError> {
+    memory.write(at, &MAGIC)
+}
+
+/// Makes what is at `at` a ledger no more.
+pub(crate) fn revoke(memory: &Memory, at: RunAddr) -> Result<(), RemoteError> {
+    memory.write(at, &[0; MAGIC.len()])
+}
+
+/// Every ledger among these mappings of process `pid`, oldest first, and a line for each that can't be read.
+#[must_use]
+pub fn find(pid: i32, maps: &[Mapping], memory: &Memory) -> (Vec<Entry>, Vec<String>) {
+    let (mut entries, mut damaged) = (Vec::new(), Vec::new());
+    let candidates = maps.iter().filter(|m| {
+        let name = m.path.as_os_str().as_encoded_bytes();
+        let anonymous = m.file.inode == 0 && (name.is_empty() || name.starts_with(b"[anon:"));
+        let read_only = m.readable && !m.writable && !m.executable && !m.shared;
+        anonymous && read_only && m.range.end - m.range.start <= 64 << 20
+    });
+    for map in candidates {
+        // Neighbours with equal protection are one mapping to the kernel, so a ledger may start at any page of it.
+        let mut at = map.range.start;
+        while at < map.range.end {
+            let mut size = PAGE;
+            let mut magic = [0; MAGIC.len()];
+            if memory.read_some(RunAddr(at), &mut magic) == magic.len() && magic == MAGIC {
+                match read(memory, RunAddr(at), map.range.end - at) {
+                    Ok(entry) => {
+                        size = entry.size;
+                        entries.push(entry);
+                    }
+                    Err(why) => damaged.push(format!("the ledger at {at:#x} of process {pid} can't be used: {why}")),
+                }
+            }
+            at += size;
+        }
+    }
+    entries.sort_by_key(|e| (e.journal.applied_at_s, e.at));
+    (entries, damaged)
+}
+
+fn read(memory: &Memory, at: RunAddr, room: u64) -> Result<Entry, String> {
+    let head = memory.read_vec(at, SEALED_AT as usize).map_err(|e| e.to_string())?;
+    let number = |i: usize| u64::from_le_bytes(head[i..i + 8].try_into().expect("eight bytes"));
+    if number(8) != 1 {
+        return Err(format!("it has layout {}, this dyni knows layout 1; use a newer dyni", number(8)));
+    }
+    let len = number(16);
+    if len > Kind::Ledger.max_sealed() || SEALED_AT + len > room {
+        return Err("it claims more bytes than its mapping has".to_owned());
+    }
+    let sealed = memory.read_vec(at.plus(SEALED_AT), len as usize).map_err(|e| e.to_string())?;
+    let ledger = envelope::open::<Ledger>(&sealed).map_err(|e| e.to_string())?;
+    let journal = Journal::from_bytes(&head[24..24 + Journal::LEN]);
+    Ok(Entry { at, size: (SEALED_AT + len).next_multiple_of(PAGE), ledger, journal })
+}

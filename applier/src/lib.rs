@@ -1,0 +1,39 @@
+//! Writing better placed code into a live process, and taking it out again.
+//!
+//! The stages, each a module, in the order in which a plan passes them:
+//!
+//! - [`lower`]: machine code for a plan's block order;
+//! - [`check`]: every copy proven against its original;
+//! - [`place`], `generation`: where the code cache goes, and all of that for one module;
+//! - [`remote`]: a live process from outside: memory, threads, system calls in its name;
+//! - [`ledger`]: what was done, kept in the target;
+//! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
+//! - [`Applier`], [`undo`], [`status`], [`Resolver`]: what the command calls.
+
+mod apply;
+pub mod check;
+mod error;
+mod failpoint;
+mod generation;
+mod huge;
+mod install;
+pub mod ledger;
+mod lock;
+pub mod lower;
+mod patch;
+pub mod place;
+pub mod remote;
+mod resolve;
+mod room;
+mod status;
+mod undo;
+pub mod unwind;
+mod written;
+
+pub use apply::{Applier, Prepared};
+pub use error::ApplyError;
+pub use failpoint::FAILPOINTS;
+pub use install::{Applied, AppliedModule};
+pub use resolve::Resolver;
+pub use status::{ModuleStatus, State, Status, status};
+pub use undo::{Undone, undo};

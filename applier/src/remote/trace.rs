@@ -1,0 +1,207 @@
+//! ptrace, as little of it as dyni needs, on one thread of the target.
+//!
+//! Raw `libc`, in this one file: nix gives signals as an enum without the real-time ones, and a `waitpid` that meets one
+//! answers an error *after* the kernel has handed the report over.
+
+use super::RemoteError;
+use nix::errno::Errno;
+use std::ffi::c_void;
+use std::ptr;
+
+pub(crate) type Registers = libc::user_regs_struct;
+
+/// What a traced thread reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Report {
+    /// It stopped because it was interrupted, or takes part in a group stop: between two instructions, no signal in hand.
+    Stopped,
+    /// It is about to receive this signal.
+    Signal(i32),
+    /// It is at the entry or the exit of a system call.
+    Syscall,
+    /// It is no more.
+    Gone,
+}
+
+/// A thread that the calling thread of dyni has seized (`PTRACE_SEIZE`). Dropping it lets it go as it is.
+///
+/// The kernel lets go only of a thread that is stopped. One that did not stop in time is given to [`Stragglers`]; at the
+/// very last the kernel lets go of everything when the dyni thread ends ([`super::in_own_thread`]).
+#[derive(Debug)]
+pub(crate) struct Tracee {
+    pub pid: i32,
+    pub tid: i32,
+    attached: bool,
+}
+
+fn ptrace(request: libc::c_uint, tid: i32, data: *mut c_void) -> Result<(), Errno> {
+    // SAFETY: the requests made in this file use `data` as an integer, or as a pointer to a `Registers` that the caller
+    // owns and that outlives the call; `addr` is unused by all of them. The tracee's memory is not ours.
+    let result = unsafe { libc::ptrace(request, tid, ptr::null_mut::<c_void>(), data) };
+    Errno::result(result).map(drop)
+}
+
+fn integer(value: i32) -> *mut c_void {
+    ptr::without_provenance_mut(value as usize)
+}
+
+impl Tracee {
+    /// Seizes a running thread; it goes on running.
+    pub fn seize(pid: i32, tid: i32) -> Result<Self, RemoteError> {
+        let mut options = libc::PTRACE_O_TRACESYSGOOD;
+        if sandboxed(tid) {
+            // The target's own filter must not judge our system calls. Needs CAP_SYS_ADMIN; without it the seize fails
+            // with EPERM and the error says so.
+            options |= libc::PTRACE_O_SUSPEND_SECCOMP;
+        }
+        match ptrace(libc::PTRACE_SEIZE, tid, integer(options)) {
+            Ok(()) => Ok(Self { pid, tid, attached: true }),
+            Err(Errno::EPERM) => match status_field(tid, "TracerPid") {
+                // One that we asked to stop before and that has not come to it yet.
+                Some(tracer) if is_ours(tracer) => Err(RemoteError::Unstoppable { pid, tid }),
+                Some(tracer) if tracer != 0 => Err(RemoteError::Traced { pid, tracer }),
+                // A thread that is about to end can't be traced either.
+                _ if matches!(thread_state(pid, tid), None | Some(b'Z' | b'X')) || killed(tid) => {
+                    Err(RemoteError::Died(pid))
+                }
+                _ => Err(RemoteError::NotPermitted { pid, what: "tracing it", errno: Errno::EPERM }),
+            },
+            Err(errno) => Err(RemoteError::from_errno(pid, "tracing it", errno)),
+        }
+    }
+
+    fn request(&self, what: &'static str, request: libc::c_uint, data: *mut c_void) -> Result<(), RemoteError> {
+        ptrace(request, self.tid, data).map_err(|errno| RemoteError::from_errno(self.pid, what, errno))
+    }
+
+    /// Whether it is still seized: not ended, not let go.
+    pub fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    /// Asks it to stop; [`Tracee::wait`] or [`Tracee::poll`] then reports.
+    pub fn interrupt(&self) -> Result<(), RemoteError> {
+        self.request("stopping a thread", libc::PTRACE_INTERRUPT, integer(0))
+    }
+
+    /// Lets it run on, with this signal delivered (0: none).
+    pub fn go_on(&self, signal: i32) -> Result<(), RemoteError> {
+        self.request("resuming a thread", libc::PTRACE_CONT, integer(signal))
+    }
+
+    /// Lets it run to the next entry or exit of a system call.
+    pub fn go_to_syscall(&self) -> Result<(), RemoteError> {
+        self.request("resuming a thread", libc::PTRACE_SYSCALL, integer(0))
+    }
+
+    /// Its registers; it must be stopped.
+    pub fn registers(&self) -> Result<Registers, RemoteError> {
+        // SAFETY: user_regs_struct is 27 integers; all zero is a value of it.
+        let mut registers: Registers = unsafe { std::mem::zeroed() };
+        self.request("reading registers", libc::PTRACE_GETREGS, (&raw mut registers).cast())?;
+        Ok(registers)
+    }
+
+    /// Sets its registers in one step; it must be stopped.
+    pub fn set_registers(&self, mut registers: Registers) -> Result<(), RemoteError> {
+        self.request("writing registers", libc::PTRACE_SETREGS, (&raw mut registers).cast())
+    }
+
+    /// Undoes the one thing that a stop alone changes: an `EINTR` that no signal caused.
+    pub fn mend(&self) -> Result<(), RemoteError> {
+        let mut registers = self.registers()?;
+        if dyni_collector::interrupted::mend(self.tid, &mut registers) {
+            self.set_registers(registers)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for its next report.
+    pub fn wait(&mut self) -> Result<Report, RemoteError> {
+        loop {
+            if let Some(report) = self.report(libc::__WALL)? {
+                return Ok(report);
+            }
+        }
+    }
+
+    /// Its next report, if there is one already.
+    pub fn poll(&mut self) -> Result<Option<Report>, RemoteError> {
+        self.report(libc::__WALL | libc::WNOHANG)
+    }
+
+    fn report(&mut self, flags: i32) -> Result<Option<Report>, RemoteError> {
+        let mut status = 0;
+        // SAFETY: waitpid writes one integer, which lives on this frame.
+        match Errno::result(unsafe { libc::waitpid(self.tid, &raw mut status, flags) }) {
+            Ok(0) | Err(Errno::EINTR) => Ok(None),
+            Err(Errno::ECHILD) => {
+                self.attached = false;
+                Ok(Some(Report::Gone))
+            }
+            Err(errno) => Err(RemoteError::from_errno(self.pid, "waiting for a thread", errno)),
+            Ok(_) if libc::WIFSTOPPED(status) => Ok(Some(match (status >> 16, libc::WSTOPSIG(status)) {
+                // The only event asked for is the stop itself (PTRACE_EVENT_STOP), group stops among them.
+                (1.., _) => Report::Stopped,
+                (_, signal) if signal == libc::SIGTRAP | 0x80 => Report::Syscall,
+                (_, signal) => Report::Signal(signal),
+            })),
+            Ok(_) => {
+                self.attached = false;
+                Ok(Some(Report::Gone))
+            }
+        }
+    }
+
+    fn release(&mut self) {
+        if std::mem::take(&mut self.attached) {
+            // The one failure is ESRCH: the thread is dead, or runs. See the type's comment.
+            let _ = ptrace(libc::PTRACE_DETACH, self.tid, integer(0));
+        }
+    }
+}
+
+impl Drop for Tracee {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+fn status_field(tid: i32, name: &str) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
+    status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')?.trim().parse().ok())
+}
+
+/// Whether SIGKILL is on its way to a thread.
+fn killed(tid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let pending = |name: &str| {
+        let mask = status.lines().find_map(|l| l.strip_prefix(name))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    };
+    ["SigPnd:", "ShdPnd:"].iter().any(|n| pending(n).is_some_and(|m| m >> (libc::SIGKILL - 1) & 1 != 0))
+}
+
+/// Whether this is a thread of dyni's own process.
+fn is_ours(tracer: i32) -> bool {
+    std::path::Path::new("/proc/self/task").join(tracer.to_string()).exists()
+}
+
+fn sandboxed(tid: i32) -> bool {
+    status_field(tid, "Seccomp").is_some_and(|mode| mode != 0)
+}
+
+/// The state letter of a thread (`R`, `S`, `D`, `T`, `Z`, …), `None` if it is gone.
+pub(crate) fn thread_state(pid: i32, tid: i32) -> Option<u8> {
+    let stat = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    let end = stat.iter().rposition(|&b| b == b')')?;
+    stat.get(end + 2).copied()
+}
+
+/// The threads of a process that are not dead.
+pub(crate) fn threads(pid: i32) -> Result<Vec<i32>, RemoteError> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).map_err(|_| RemoteError::Died(pid))?;
+    let tids = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+    // A leader that has called pthread_exit stays in the list as a zombie and can't be stopped: it runs nothing.
+    Ok(tids.filter(|&tid| !matches!(thread_state(pid, tid), None | Some(b'Z' | b'X'))).collect())
+}

@@ -1,0 +1,346 @@
+//! Generated functions, run as original and as copy on the same inputs, agree; and the checker catches every seeded fault.
+
+use dyni_analyzer::cfg::{Block, Cfg, Terminator};
+use dyni_applier::check::{Originals, check};
+use dyni_applier::lower::{Emission, Source, lower};
+use dyni_schema::{FunctionHash, FunctionPlan, LinkAddr};
+use proptest::prelude::*;
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Instructions that read and write only rax, rcx, rdx, rsi, rdi, r8, r9, r10 and the flags, none of them able to fault.
+const BODY: &[&[u8]] = &[
+    &[0x48, 0x01, 0xc8],                   // add rax, rcx
+    &[0x48, 0x11, 0xd0],                   // adc rax, rdx
+    &[0x4c, 0x29, 0xc1],                   // sub rcx, r8
+    &[0x48, 0x19, 0xf2],                   // sbb rdx, rsi
+    &[0x49, 0x31, 0xc0],                   // xor r8, rax
+    &[0x48, 0xc1, 0xc0, 0x07],             // rol rax, 7
+    &[0x48, 0x0f, 0xaf, 0xf7],             // imul rsi, rdi
+    &[0x0f, 0x94, 0xc1],                   // sete cl
+    &[0x4c, 0x0f, 0x42, 0xc8],             // cmovb r9, rax
+    &[0x48, 0x39, 0xc8],                   // cmp rax, rcx
+    &[0x48, 0x85, 0xd2],                   // test rdx, rdx
+    &[0x48, 0x8d, 0x74, 0x3e, 0x11],       // lea rsi, [rsi+rdi+17]
+    &[0xf5],                               // cmc
+    &[0x0f, 0x1f, 0x44, 0x00, 0x00],       // nop dword [rax+rax]
+    &[0x90],                               // nop
+    &[0x50, 0x5a],                         // push rax; pop rdx
+    &[0x48, 0x89, 0x44, 0x24, 0xe0],       // mov [rsp-32], rax
+    &[0x48, 0x03, 0x4c, 0x24, 0xe0],       // add rcx, [rsp-32]
+    &[0x66, 0x41, 0x81, 0xc2, 0x34, 0x12], // add r10w, 0x1234
+];
+/// Where each function finds a constant by a RIP-relative operand.
+const CONSTANT: u64 = 0x0123_4567_89ab_cdef;
+
+#[derive(Debug, Clone)]
+enum End {
+    Fall,
+    Jump(usize),
+    If(u8, usize),
+    /// `loop` or `jrcxz`, by the opcode's low bits; only to the block after the next, as it has no long form.
+    Counter(u8),
+    Call(usize),
+}
+
+#[derive(Debug, Clone)]
+struct Shape {
+    blocks: Vec<(Vec<usize>, bool, End)>,
+    /// Sort keys of the new order, and how many blocks are hot or left out.
+    keys: Vec<u32>,
+    left_out: Vec<bool>,
+    hot: usize,
+}
+
+fn shape() -> impl Strategy<Value = Shape> {
+    (2..30usize).prop_flat_map(|n| {
+        let end = prop_oneof![
+            1 => Just(End::Fall),
+            2 => (0..n).prop_map(End::Jump),
+            5 => (0..16u8, 0..n).prop_map(|(cc, to)| End::If(cc, to)),
+            1 => (1..4u8).prop_map(End::Counter),
+            1 => (0..3usize).prop_map(End::Call),
+        ];
+        let body = prop::collection::vec(0..BODY.len(), 0..8);
+        (
+            prop::collection::vec((body, any::<bool>(), end), n),
+            prop::collection::vec(any::<u32>(), n),
+            prop::collection::vec(prop::bool::weighted(0.15), n),
+            1..=n,
+        )
+            .prop_map(|(blocks, keys, left_out, hot)| Shape { blocks, keys, left_out, hot })
+    })
+}
+
+/// Executable memory: [constant, helpers, original … | cache].
+struct Arena {
+    base: *mut u8,
+    used: AtomicUsize,
+}
+
+const ARENA: usize = 1 << 20;
+const CACHE_AT: usize = ARENA / 2;
+
+impl Arena {
+    fn new() -> Self {
+        // SAFETY: a new private mapping at an address of the kernel's choice; nothing else refers to it.
+        let base = unsafe {
+            let rwx = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+            libc::mmap(std::ptr::null_mut(), ARENA, rwx, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
+        assert_ne!(base, libc::MAP_FAILED);
+        let arena = Self { base: base.cast(), used: AtomicUsize::new(0) };
+        arena.write(0, &CONSTANT.to_le_bytes());
+        arena
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= ARENA);
+        self.used.fetch_max(at + bytes.len(), Ordering::Relaxed);
+        // SAFETY: the range was just checked to lie in our mapping, which no running code of this thread is in.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(at), bytes.len()) };
+    }
+
+    fn address(&self, at: usize) -> u64 {
+        self.base as u64 + at as u64
+    }
+
+    /// Runs the function at `at` with seven registers set, at most `fuel` blocks long; folds all registers at the end.
+    fn run(&self, at: usize, input: [u64; 7], fuel: u64) -> [u64; 8] {
+        let mut out = [0u64; 8];
+        // SAFETY: the code there was made by `build` or lowered from it: it clobbers only the registers declared here and
+        // memory below the stack pointer (which `call` has moved past our red zone), ends by `ret`, and runs at most
+        // `fuel` blocks.
+        unsafe {
+            std::arch::asm!(
+                "sub rsp, 512",
+                // What the red-zone instructions of the body find there before they have written it.
+                "mov qword ptr [rsp - 40], 0",
+                "call r15",
+                "add rsp, 512",
+                in("r15") self.address(at),
+                inout("r11") fuel => _,
+                inout("rax") input[0] => out[0],
+                inout("rcx") input[1] => out[1],
+                inout("rdx") input[2] => out[2],
+                inout("rsi") input[3] => out[3],
+                inout("rdi") input[4] => out[4],
+                inout("r8") input[5] => out[5],
+                inout("r9") input[6] => out[6],
+                inout("r10") 5u64 => out[7],
+                clobber_abi("sysv64"),
+            );
+        }
+        out
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping; nothing refers to it after this.
+        unsafe { libc::munmap(self.base.cast(), ARENA) };
+    }
+}
+
+/// A function at `at` in the arena as code and control-flow graph. Every block begins with `dec r11; js out`.
+fn build(shape: &Shape, arena: &Arena, at: usize) -> (Cfg, Vec<u8>) {
+    let n = shape.blocks.len();
+    let mut starts = vec![0usize; n + 1];
+    let long = |end: &End| match end {
+        End::Fall => 0,
+        End::Jump(_) | End::Call(_) => 5,
+        End::If(..) => 6,
+        End::Counter(_) => 2,
+    };
+    // dec r11 (3 bytes), js out (6), body, perhaps add rax,[rip+constant] (7), the end
+    for (i, (body, constant, end)) in shape.blocks.iter().enumerate() {
+        let body: usize = body.iter().map(|&b| BODY[b].len()).sum();
+        starts[i + 1] = starts[i] + 9 + body + 7 * usize::from(*constant) + long(end);
+    }
+    let out = starts[n];
+    let mut code: Vec<u8> = Vec::new();
+    let base = arena.address(at);
+    let link = |offset: usize| LinkAddr(base + offset as u64);
+    let mut blocks = Vec::new();
+    let block = |range: Range<usize>, last: usize, terminator| Block {
+        start: link(range.start),
+        end: link(range.end),
+        last: link(last),
+        terminator,
+        successors: Vec::new(),
+        keep_original: None,
+        calls: false,
+        address_taken: false,
+    };
+    let rel = |code: &Vec<u8>, to: usize| (to as i64 - code.len() as i64 - 4) as i32;
+    for (i, (body, constant, end)) in shape.blocks.iter().enumerate() {
+        code.extend([0x49, 0xff, 0xcb, 0x0f, 0x88]);
+        let r = rel(&code, out);
+        code.extend(r.to_le_bytes());
+        blocks.push(block(starts[i]..code.len(), starts[i] + 3, Terminator::Conditional { taken: link(out) }));
+        let start = code.len();
+        let mut last = start;
+        for &b in body {
+            last = code.len();
+            code.extend(BODY[b]);
+            // "push rax; pop rdx" is two instructions.
+            last += usize::from(BODY[b].len() == 2);
+        }
+        if *constant {
+            last = code.len();
+            code.extend([0x48, 0x03, 0x05]);
+            let r = rel(&code, 0) - at as i32;
+            code.extend(r.to_le_bytes());
+        }
+        let after_body = code.len();
+        let terminator = match *end {
+            End::Fall => Terminator::FallThrough,
+            End::Jump(to) => {
+                code.push(0xe9);
+                let r = rel(&code, starts[to]);
+                code.extend(r.to_le_bytes());
+                Terminator::Jump { target: link(starts[to]) }
+            }
+            End::If(cc, to) => {
+                code.extend([0x0f, 0x80 | cc]);
+                let r = rel(&code, starts[to]);
+                code.extend(r.to_le_bytes());
+                Terminator::Conditional { taken: link(starts[to]) }
+            }
+            End::Counter(low) => {
+                let to = (i + 2).min(n);
+                let distance = starts[to] as i64 - starts[i + 1] as i64;
+                code.extend([0xe0 | low, i8::try_from(distance).expect("one block is short") as u8]);
+                Terminator::Conditional { taken: link(starts[to]) }
+            }
+            End::Call(helper) => {
+                code.push(0xe8);
+                let r = rel(&code, 0) - at as i32 + 16 + 16 * helper as i32;
+                code.extend(r.to_le_bytes());
+                Terminator::FallThrough
+            }
+        };
+        if code.len() > after_body {
+            last = after_body;
+        }
+        if code.len() > start {
+            blocks.push(block(start..code.len(), last, terminator));
+        }
+        assert_eq!(code.len(), starts[i + 1]);
+    }
+    code.push(0xc3);
+    blocks.push(block(out..out + 1, out, Terminator::Stop));
+    let cfg = Cfg { start: link(0), end: link(code.len()), blocks, jump_tables: Vec::new() };
+    (cfg, code)
+}
+
+fn plan(shape: &Shape, cfg: &Cfg) -> FunctionPlan {
+    let mut order: Vec<usize> = (1..cfg.blocks.len()).collect();
+    order.retain(|i| !shape.left_out[i % shape.left_out.len()]);
+    order.sort_by_key(|i| (shape.keys[i % shape.keys.len()].rotate_left(*i as u32), *i));
+    order.insert(0, 0);
+    let blocks: Vec<u32> = order.iter().map(|&i| cfg.blocks[i].start.distance(cfg.start) as u32).collect();
+    FunctionPlan {
+        start: cfg.start.0,
+        size: cfg.end.distance(cfg.start) as u32,
+        hash: FunctionHash::default(),
+        hot: shape.hot.min(blocks.len()) as u32,
+        blocks,
+        entries: Vec::new(),
+        weight: 1,
+    }
+}
+
+struct Bytes(LinkAddr, Vec<u8>);
+
+impl Originals for Bytes {
+    fn bytes(&self, at: LinkAddr, len: usize) -> Option<&[u8]> {
+        let from = usize::try_from(at.distance(self.0)).ok()?;
+        self.1.get(from..from + len)
+    }
+}
+
+struct Case {
+    arena: Arena,
+    original: usize,
+    emission: Emission,
+    cache: LinkAddr,
+    bytes: Bytes,
+}
+
+fn make(shape: &Shape) -> Case {
+    let arena = Arena::new();
+    // Three helpers that a call may go to: lea rax,[rax+rcx]; ret and the like.
+    for (i, helper) in [[0x48, 0x8d, 0x04, 0x08, 0xc3], [0x48, 0x31, 0xd0, 0xf9, 0xc3], [0x48, 0x89, 0xf9, 0xf5, 0xc3]]
+        .iter()
+        .enumerate()
+    {
+        arena.write(16 + 16 * i, helper);
+    }
+    let original = 4096;
+    let (cfg, code) = build(shape, &arena, original);
+    arena.write(original, &code);
+    let plan = plan(shape, &cfg);
+    let cache = LinkAddr(arena.address(CACHE_AT));
+    let bytes = Bytes(cfg.start, code.clone());
+    let (emission, refused) = lower(&[Source { cfg, plan: &plan, code }], cache, (ARENA - CACHE_AT) as u64);
+    assert_eq!(refused, []);
+    Case { arena, original, emission, cache, bytes }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 600, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_copy_computes_what_its_original_does(shape in shape(), inputs in prop::collection::vec(any::<[u64; 7]>(), 4)) {
+        let case = make(&shape);
+        check(&case.emission, case.cache, &case.bytes).expect("lowering is right");
+        case.arena.write(CACHE_AT, &case.emission.code);
+        for input in inputs {
+            for fuel in [0, 1, 7, 300] {
+                let original = case.arena.run(case.original, input, fuel);
+                let copy = case.arena.run(CACHE_AT, input, fuel);
+                prop_assert_eq!(original, copy, "fuel {}", fuel);
+            }
+        }
+    }
+
+    /// Every single flipped bit in a copy is seen, wherever it is: there is no part of a copy that may be anything.
+    #[test]
+    fn the_checker_sees_every_flipped_bit(shape in shape(), at in any::<prop::sample::Index>(), bit in 0..8u8) {
+        let mut case = make(&shape);
+        let block = case.emission.blocks[at.index(case.emission.blocks.len())];
+        prop_assume!(block.copy_size > 0);
+        let byte = block.copy.0 as usize + at.index(block.copy_size as usize);
+        case.emission.code[byte] ^= 1 << bit;
+        prop_assert!(check(&case.emission, case.cache, &case.bytes).is_err(), "byte {byte:#x} of {block:?}");
+    }
+
+    /// A dropped instruction, with everything behind it moved up, is seen.
+    #[test]
+    fn the_checker_sees_a_dropped_instruction(shape in shape(), at in any::<prop::sample::Index>()) {
+        let mut case = make(&shape);
+        let block = case.emission.blocks[at.index(case.emission.blocks.len())];
+        let range = block.copy.0 as usize..(block.copy.0 + u64::from(block.copy_size)) as usize;
+        let mut decoder = iced_x86::Decoder::with_ip(64, &case.emission.code[range.clone()], 0, 0);
+        let boundaries: Vec<_> = decoder.iter().map(|i| (i.ip() as usize, i.len())).collect();
+        prop_assume!(!boundaries.is_empty());
+        let (from, len) = boundaries[at.index(boundaries.len())];
+        let dropped = case.emission.code[range.start + from..range.start + from + len].to_vec();
+        case.emission.code.copy_within(range.start + from + len..range.end, range.start + from);
+        let end = range.end;
+        case.emission.code[end - len..end].fill(0x90);
+        // The same instruction twice in a row: dropping one of a pair and padding is still a change, unless it is a nop.
+        prop_assert!(check(&case.emission, case.cache, &case.bytes).is_err(), "dropped {dropped:02x?} of {block:?}");
+    }
+
+    /// A block map that names a wrong place is seen: the map is what threads are moved by.
+    #[test]
+    fn the_checker_sees_a_wrong_block_map(shape in shape(), at in any::<prop::sample::Index>(), by in 1..5u64) {
+        let mut case = make(&shape);
+        let i = at.index(case.emission.blocks.len());
+        prop_assume!(case.emission.blocks[i].copy_size > by as u32);
+        case.emission.blocks[i].copy.0 += by;
+        prop_assert!(check(&case.emission, case.cache, &case.bytes).is_err());
+    }
+}

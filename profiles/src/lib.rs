@@ -1,0 +1,33 @@
+//! The archive: where profiles and plans are kept, found, merged and thrown away.
+//!
+//! One SQLite file in WAL mode, so that a daemon, a recording and a listing can use it at once. A record is a *blob*:
+//! sealed bytes under their own hash, never changed. The other tables are an index of the blobs, made from them and
+//! written in the same transaction; what they say is for searching and for people, the blob is the truth.
+//!
+//! - [`archive`]: [`Archive`], put and get, list, remove
+//! - [`entry`]: what is known of a record without opening it
+//! - [`gc`]: what to throw away
+//! - [`merge`]: several recordings of a program as one
+//! - [`path`]: where the archive lies
+//! - [`error`]: everything that can go wrong, with what to do about it
+//!
+//! Invariants:
+//! 1. A record is in the archive with all of its rows or not at all, whenever the writer dies.
+//! 2. Nothing that a file holds makes a reader panic, use unbounded memory or return what was not stored: an archive may
+//!    come from another host. A damaged record is an error for whoever asks for it, and for nobody else.
+//! 3. An archive of a newer dyni is never written to.
+
+pub mod archive;
+mod db;
+pub mod entry;
+pub mod error;
+pub mod gc;
+pub mod merge;
+pub mod path;
+
+pub use archive::Archive;
+pub use entry::{Entry, PlanEntry, ProfileEntry};
+pub use error::{ArchiveError, Category};
+pub use gc::{GcPolicy, GcReport};
+pub use merge::{MergeError, merge};
+pub use path::{archive_path, default_path};

@@ -1,0 +1,245 @@
+//! The command line: the one definition that the parser, the help, the man pages and the completions come from.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::duration;
+
+/// Makes running programs faster without rebuilding, relinking, reconfiguring or restarting them.
+///
+/// dyni profiles a live process, decides a better layout for its hot machine code, writes that code into the process, and
+/// can take it out again.
+#[derive(Debug, Parser)]
+#[command(name = "dyni", version, arg_required_else_help = true, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// Options that every subcommand takes.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Print the names of the places at which tests can make dyni fail
+    #[arg(long, hide = true)]
+    pub list_failpoints: bool,
+}
+
+const AFTER_HELP: &str = "\
+Exit status: 0 done; 1 failed, the target is as it was; 2 wrong usage; 3 refused, with the reason.
+First steps: `dyni demo`, then `dyni doctor -p PID` and `dyni optimize -p PID`.";
+
+/// Options that every subcommand takes.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Print one JSON document on stdout instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print nothing but errors (and what --json prints)
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Print more
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+    /// The archive of profiles and plans [default: /var/lib/dyni/archive.db for root, otherwise
+    /// $XDG_DATA_HOME/dyni/archive.db]
+    #[arg(long, global = true, value_name = "PATH", env = "DYNI_ARCHIVE")]
+    pub archive: Option<PathBuf>,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Do the main job on a built-in target, with nothing to install
+    Demo(DemoArgs),
+    /// Record where a running program spends its time, and keep the profile
+    Record(RecordArgs),
+    /// Make a plan from a profile, print it and keep it
+    Analyze(AnalyzeArgs),
+    /// Write a plan's code into a running program
+    Apply(ApplyArgs),
+    /// Record, analyze and apply in one go
+    Optimize(OptimizeArgs),
+    /// Take the code out again
+    Undo(UndoArgs),
+    /// Show what is optimised
+    Status(StatusArgs),
+    /// Show what this host, a process or a file allows, what not, and why
+    Doctor(DoctorArgs),
+    /// List, show and throw away the profiles and plans that are kept
+    Archive(crate::archive::ArchiveArgs),
+    /// Print the man page, or write one for each subcommand
+    #[command(hide = true)]
+    Man(ManArgs),
+    /// Print a shell's completion script
+    #[command(hide = true)]
+    Completions(CompletionsArgs),
+}
+
+/// `dyni demo`
+#[derive(Debug, Args)]
+pub struct DemoArgs {
+    /// How long to record
+    #[arg(long, default_value = "5s", value_parser = duration::parse, value_name = "TIME")]
+    pub duration: Duration,
+}
+
+/// How to record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum MethodArg {
+    /// The best that works here
+    Auto,
+    /// Branch stacks of the hardware
+    Lbr,
+    /// Hardware cycles
+    Cycles,
+    /// The kernel's clock
+    Clock,
+    /// Stopping threads with ptrace
+    Ptrace,
+    /// Exact counts from an instrumented generation
+    Count,
+}
+
+/// `dyni record`
+#[derive(Debug, Args)]
+pub struct RecordArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: String,
+    /// How long
+    #[arg(long, default_value = "10s", value_parser = duration::parse, value_name = "TIME")]
+    pub duration: Duration,
+    /// How
+    #[arg(long, default_value = "auto", value_enum)]
+    pub method: MethodArg,
+    /// What to call the recording
+    #[arg(long, default_value = "", value_name = "TEXT", hide_default_value = true)]
+    pub label: String,
+}
+
+/// `dyni analyze`
+#[derive(Debug, Args)]
+pub struct AnalyzeArgs {
+    /// The profile: an id or its beginning as `dyni archive ls` prints it, a label, or a program's name [default: the
+    /// newest]
+    pub profile: Option<String>,
+    /// Run these passes only: names with commas between them, `all` or `none`
+    #[arg(long, value_name = "LIST")]
+    pub passes: Option<String>,
+    /// Say what was decided about this function (a name or an address), and why
+    #[arg(long, value_name = "FUNCTION")]
+    pub explain: Option<String>,
+}
+
+/// `dyni apply`
+#[derive(Debug, Args)]
+pub struct ApplyArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: String,
+    /// The plan: an id or its beginning [default: the newest for this program]
+    #[arg(long, value_name = "ID")]
+    pub plan: Option<String>,
+    /// Do everything but change the process
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Apply the plan's first N functions only, to find by halving the one that is at fault
+    #[arg(long, value_name = "N", hide = true)]
+    pub fuel: Option<u64>,
+}
+
+/// `dyni optimize`
+#[derive(Debug, Args)]
+pub struct OptimizeArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: String,
+    /// How long to record
+    #[arg(long, default_value = "10s", value_parser = duration::parse, value_name = "TIME")]
+    pub duration: Duration,
+}
+
+/// `dyni undo`
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct UndoArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: Option<String>,
+    /// Every process on this host that is optimised
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// `dyni status`
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// The process: a PID, or the name of its executable [default: every process that is optimised]
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: Option<String>,
+}
+
+/// `dyni doctor`
+#[derive(Debug, Args)]
+#[group(required = false, multiple = false)]
+pub struct DoctorArgs {
+    /// A process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: Option<String>,
+    /// A program or library that need not run
+    #[arg(long, value_name = "FILE")]
+    pub exe: Option<PathBuf>,
+}
+
+/// `dyni man`
+#[derive(Debug, Args)]
+pub struct ManArgs {
+    /// Write dyni.1 and a page for each subcommand into this folder
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+}
+
+/// `dyni completions`
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// Which shell
+    pub shell: clap_complete::Shell,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use clap::error::ErrorKind;
+
+    fn kind(words: &[&str]) -> Option<ErrorKind> {
+        Cli::try_parse_from([&["dyni"], words].concat()).err().map(|e| e.kind())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn undo_wants_one_of_a_process_and_all() {
+        assert_eq!(kind(&["undo"]), Some(ErrorKind::MissingRequiredArgument));
+        assert_eq!(kind(&["undo", "-p", "7", "--all"]), Some(ErrorKind::ArgumentConflict));
+        assert_eq!(kind(&["undo", "--all"]), None);
+    }
+
+    #[test]
+    fn global_options_go_before_or_after_the_subcommand() {
+        for words in [["--json", "status"], ["status", "--json"]] {
+            let cli = Cli::try_parse_from([&["dyni"], &words[..]].concat()).unwrap();
+            assert!(cli.global.json);
+        }
+    }
+
+    #[test]
+    fn durations_are_checked_where_they_are_read() {
+        assert_eq!(kind(&["record", "-p", "7", "--duration", "10parsecs"]), Some(ErrorKind::ValueValidation));
+        assert_eq!(kind(&["record", "-p", "7", "--duration", "500ms"]), None);
+    }
+}

@@ -1,0 +1,121 @@
+//! The `dyni` command.
+//!
+//! One file per subcommand; the work itself is done by the libraries, imports point down to them. A subcommand is a
+//! function from its arguments to a printed [`Report`](output::Report) or a [`Failure`](errors::Failure), so that what is
+//! printed, and with which exit status the command ends, is decided in one place.
+
+mod analyze;
+mod apply;
+mod archive;
+mod cli;
+mod demo;
+mod doctor;
+mod duration;
+mod errors;
+mod examine;
+mod interrupt;
+mod manual;
+mod modules;
+mod optimize;
+mod output;
+mod record;
+mod status;
+mod store;
+mod targets;
+mod undo;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+
+use cli::{Cli, Command};
+use errors::Failure;
+use output::Output;
+use store::Store;
+
+fn main() -> ExitCode {
+    errors::install_panic_hook();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return not_parsed(&e),
+    };
+    let out = Output::new(&cli.global);
+    match catch_unwind(AssertUnwindSafe(|| run(cli, out))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(failure)) => {
+            failure.print(out.json());
+            failure.exit_code()
+        }
+        Err(payload) => {
+            // The panic hook has printed the text.
+            let failure = errors::from_panic(payload.as_ref());
+            if out.json() {
+                errors::print_json_only(&failure);
+            }
+            failure.exit_code()
+        }
+    }
+}
+
+fn run(cli: Cli, out: Output) -> Result<(), Failure> {
+    if cli.list_failpoints {
+        return manual::failpoints();
+    }
+    let Some(command) = cli.command else {
+        return Err(Failure::usage("nothing to do", "no subcommand was given").help("`dyni --help` lists them"));
+    };
+    if only_prints(&command) {
+        end_quietly_when_nobody_reads();
+    }
+    let store = Store::at(cli.global.archive.as_deref());
+    match command {
+        Command::Demo(args) => demo::run(&args, out),
+        Command::Record(args) => record::run(&args, &store, out),
+        Command::Analyze(args) => analyze::run(&args, &store, out),
+        Command::Apply(args) => apply::run(&args, &store, out),
+        Command::Optimize(args) => optimize::run(&args, &store, out),
+        Command::Undo(args) => undo::run(&args, out),
+        Command::Status(args) => status::run(&args, out),
+        Command::Doctor(args) => doctor::run(&args, out),
+        Command::Archive(args) => Ok(archive::run(args, &store.path()?, out.json())?),
+        Command::Man(args) => manual::man(&args, Cli::command()),
+        Command::Completions(args) => manual::completions(&args, Cli::command()),
+    }
+}
+
+/// Whether a command changes nothing outside the archive, so that it may end at any output.
+const fn only_prints(command: &Command) -> bool {
+    match command {
+        Command::Analyze(_)
+        | Command::Status(_)
+        | Command::Doctor(_)
+        | Command::Archive(_)
+        | Command::Man(_)
+        | Command::Completions(_) => true,
+        // They hold a process or children; a closed pipe must not end them half-way.
+        Command::Demo(_) | Command::Record(_) | Command::Apply(_) | Command::Optimize(_) | Command::Undo(_) => false,
+    }
+}
+
+/// Lets the kernel end this process at a write to a closed pipe (`dyni archive ls | head`), as other tools do. Rust's
+/// start-up code ignores the signal, and each `println!` would then be a panic.
+fn end_quietly_when_nobody_reads() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: the default action is no code of ours.
+    let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+}
+
+/// What clap has to say: help and version are no errors, everything else is wrong usage.
+fn not_parsed(error: &clap::Error) -> ExitCode {
+    // Nobody is left to tell if this can't be printed.
+    let _ = error.print();
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    let failure = Failure::usage("wrong usage", error.kind()).help("`dyni --help` lists the subcommands and options");
+    if std::env::args_os().any(|word| word == "--json") {
+        errors::print_json_only(&failure);
+    }
+    failure.exit_code()
+}

@@ -1,0 +1,293 @@
+//! `dyni status`: what is optimised, read from the processes themselves. It stops nothing and changes nothing.
+
+use dyni_applier::{ModuleStatus, Status};
+use dyni_collector::{Group, Target};
+use serde::Serialize;
+
+use crate::cli::StatusArgs;
+use crate::duration::human_ns;
+use crate::errors::Failure;
+use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
+use crate::targets::{Refused, StateWord, combined, find, root_first, state_line};
+
+/// `dyni status --json`.
+#[derive(Debug, Serialize)]
+pub struct StatusReport {
+    processes: Vec<ProcessReport>,
+    /// Processes that this user may not look into; with `-p` always 0.
+    not_permitted: usize,
+    #[serde(skip)]
+    verbose: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct ProcessReport {
+    pid: i32,
+    name: String,
+    /// The PID of the group's root, the process itself if it is alone.
+    root: i32,
+    state: StateWord,
+    modules: Vec<ModuleReport>,
+    /// How long all threads were stopped when the newest generation was applied.
+    stop_ns: u64,
+    threads: u64,
+    damaged: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ModuleReport {
+    name: String,
+    build_id: String,
+    state: StateWord,
+    plan: String,
+    functions: usize,
+    patches: usize,
+    patches_in_force: usize,
+    code_bytes: u64,
+    hot_bytes: u64,
+    mapped_bytes: u64,
+    huge_page: bool,
+    stop_ns: u64,
+    threads: u64,
+    applied_at_s: u64,
+    refused: Vec<Refused>,
+}
+
+/// Shows one program, or every one that is optimised.
+///
+/// # Errors
+/// If the process can't be found or read.
+pub fn run(args: &StatusArgs, out: Output) -> Result<(), Failure> {
+    let mut report = StatusReport { processes: Vec::new(), not_permitted: 0, verbose: out.verbose() > 0 };
+    match &args.pid {
+        Some(spec) => {
+            let group = find(spec)?;
+            for member in root_first(&group) {
+                match dyni_applier::status(member.pid) {
+                    Ok(status) => report.processes.push(ProcessReport::new(&group, &member, &status)),
+                    // A child that ended meanwhile is no longer part of the program.
+                    Err(_) if !member.still_there() && group.members.len() > 1 => {}
+                    Err(e) => return Err(e.into()),
+                }
+            }
+        }
+        None => {
+            let found = dynimized()?;
+            report.not_permitted = found.not_permitted;
+            for (group, members) in &found.groups {
+                report.processes.extend(members.iter().map(|(t, s)| ProcessReport::new(group, t, s)));
+            }
+        }
+    }
+    out.report(&report);
+    Ok(())
+}
+
+/// The programs on this host that hold a ledger.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// By group: the members that hold one.
+    pub groups: Vec<(Group, Vec<(Target, Status)>)>,
+    /// Processes that could not be looked into.
+    pub not_permitted: usize,
+}
+
+/// Looks through every process of the host.
+///
+/// # Errors
+/// If /proc can't be listed.
+pub fn dynimized() -> Result<Found, Failure> {
+    let list = std::fs::read_dir("/proc").map_err(|e| Failure::failed("list the processes of this host", e))?;
+    let mut pids: Vec<i32> = list.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    let mut found = Found::default();
+    for pid in pids {
+        let target = match Target::by_pid(pid) {
+            Ok(target) => target,
+            Err(dyni_collector::TargetError::NotPermitted { .. }) => {
+                found.not_permitted += 1;
+                continue;
+            }
+            // Kernel threads, zombies, 32-bit programs, whoever ended meanwhile: they hold no ledger of ours.
+            Err(_) => continue,
+        };
+        let status = match dyni_applier::status(pid) {
+            Ok(status) => status,
+            Err(e) => {
+                found.not_permitted += usize::from(e.is_refusal());
+                continue;
+            }
+        };
+        if status.modules.is_empty() && status.damaged.is_empty() {
+            continue;
+        }
+        let known = found.groups.iter_mut().find(|(group, _)| group.member(pid).is_some());
+        match known {
+            Some((_, members)) => members.push((target, status)),
+            None => {
+                let Ok(group) = Group::of(&target) else { continue };
+                found.groups.push((group, vec![(target, status)]));
+            }
+        }
+    }
+    Ok(found)
+}
+
+impl ProcessReport {
+    fn new(group: &Group, target: &Target, status: &Status) -> Self {
+        let newest = status.modules.iter().max_by_key(|m| m.applied_at_s);
+        Self {
+            pid: target.pid,
+            name: target.name.clone(),
+            root: group.root.pid,
+            state: StateWord(status.state),
+            stop_ns: newest.map_or(0, |m| m.stop.as_nanos() as u64),
+            threads: newest.map_or(0, |m| m.threads),
+            modules: status.modules.iter().map(ModuleReport::new).collect(),
+            damaged: status.damaged.clone(),
+        }
+    }
+}
+
+impl ModuleReport {
+    fn new(m: &ModuleStatus) -> Self {
+        Self {
+            name: m.name.clone(),
+            build_id: m.build_id.clone(),
+            state: StateWord(m.state),
+            plan: m.plan.iter().map(|b| format!("{b:02x}")).collect(),
+            functions: m.functions,
+            patches: m.patches,
+            patches_in_force: m.in_force,
+            code_bytes: m.code_size,
+            hot_bytes: m.hot_size,
+            mapped_bytes: m.mapped,
+            huge_page: m.huge_bytes > 0,
+            stop_ns: m.stop.as_nanos() as u64,
+            threads: m.threads,
+            applied_at_s: m.applied_at_s,
+            refused: Refused::of(&m.refused),
+        }
+    }
+}
+
+impl Report for StatusReport {
+    fn text(&self, paint: Paint) -> String {
+        let mut text = String::new();
+        let mut rest = &self.processes[..];
+        while let Some(first) = rest.first() {
+            let count = rest.iter().take_while(|p| p.root == first.root).count();
+            let (group, others) = rest.split_at(count);
+            rest = others;
+            group_text(group, self.verbose, paint, &mut text);
+        }
+        if self.processes.is_empty() {
+            text.push_str("no process is dynimized\n");
+        }
+        if self.not_permitted > 0 {
+            let many = plural(self.not_permitted as u64, "process", "processes");
+            text.push_str(&paint.dim(&format!("{many} could not be looked into: not permitted\n")));
+        }
+        text
+    }
+}
+
+fn group_text(group: &[ProcessReport], verbose: bool, paint: Paint, text: &mut String) {
+    let Some(first) = group.first() else { return };
+    let state = combined(group.iter().map(|p| p.state.0));
+    let line = state_line(&first.name, first.root, group.len(), state.name());
+    text.push_str(&line);
+    text.push('\n');
+    let shown = if verbose { group } else { &group[..1] };
+    for process in shown {
+        if verbose && group.len() > 1 {
+            text.push_str(&format!("  pid {}: {}\n", process.pid, process.state));
+        }
+        let mut table = Table::new(&[
+            ("module", Align::Left),
+            ("state", Align::Left),
+            ("functions", Align::Right),
+            ("patches", Align::Right),
+            ("hot code", Align::Right),
+            ("huge page", Align::Left),
+            ("stopped", Align::Right),
+            ("plan", Align::Left),
+        ]);
+        for m in &process.modules {
+            table.row([
+                m.name.clone(),
+                m.state.to_string(),
+                thousands(m.functions as u64),
+                format!("{}/{}", thousands(m.patches_in_force as u64), thousands(m.patches as u64)),
+                human_bytes(m.hot_bytes),
+                if m.huge_page { "yes" } else { "no" }.to_owned(),
+                human_ns(m.stop_ns),
+                m.plan.chars().take(12).collect(),
+            ]);
+        }
+        if !table.is_empty() {
+            text.push_str(&table.render("  ", paint));
+        }
+        if verbose {
+            for m in process.modules.iter() {
+                for refused in &m.refused {
+                    text.push_str(&format!(
+                        "  {}: {} left out: {}\n",
+                        m.name,
+                        thousands(refused.count),
+                        refused.reason
+                    ));
+                }
+            }
+        }
+        for damaged in &process.damaged {
+            text.push_str(&format!("  {}\n", paint.bad(damaged)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dyni_applier::State;
+
+    fn process(pid: i32, root: i32, state: State) -> ProcessReport {
+        ProcessReport {
+            pid,
+            name: "nginx".into(),
+            root,
+            state: StateWord(state),
+            modules: Vec::new(),
+            stop_ns: 0,
+            threads: 0,
+            damaged: Vec::new(),
+        }
+    }
+
+    fn report(processes: Vec<ProcessReport>) -> StatusReport {
+        StatusReport { processes, not_permitted: 0, verbose: false }
+    }
+
+    #[test]
+    fn a_group_is_one_line_and_two_groups_are_two() {
+        let state = State::Dynimized;
+        let one = report(vec![process(7, 7, state), process(8, 7, state), process(20, 20, State::Undynimized)]);
+        assert_eq!(
+            one.text(Paint::PLAIN),
+            "nginx, parent pid 7 and its children, dynimized\nnginx, pid: 20, undynimized\n"
+        );
+    }
+
+    #[test]
+    fn nothing_is_said_too() {
+        assert_eq!(report(Vec::new()).text(Paint::PLAIN), "no process is dynimized\n");
+    }
+
+    #[test]
+    fn json_has_the_agreed_names() {
+        let json = serde_json::to_value(report(vec![process(7, 7, State::PartlyDynimized)])).unwrap();
+        assert_eq!(json["processes"][0]["state"], "partly dynimized");
+        assert_eq!(json["processes"][0]["pid"], 7);
+        assert!(json["processes"][0]["stop_ns"].is_u64());
+    }
+}

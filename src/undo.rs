@@ -1,0 +1,148 @@
+//! `dyni undo`: the original bytes back in every patched place.
+
+use std::time::Duration;
+
+use dyni_applier::{State, Undone};
+use dyni_collector::{Group, TargetError};
+use serde::Serialize;
+
+use crate::cli::UndoArgs;
+use crate::duration::human_ns;
+use crate::errors::Failure;
+use crate::output::{Output, Paint, Report, plural};
+use crate::status::dynimized;
+use crate::targets::{StateWord, find, root_first, state_line};
+
+/// How often a group is looked at again for children that were forked while others were undone.
+const ROUNDS: usize = 16;
+
+/// `dyni undo --json`.
+#[derive(Debug, Serialize)]
+pub struct UndoReport {
+    state: StateWord,
+    processes: Vec<ProcessReport>,
+    #[serde(skip)]
+    lines: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct ProcessReport {
+    pid: i32,
+    name: String,
+    state: StateWord,
+    modules: Vec<String>,
+    patches: usize,
+    stop_ns: u64,
+    threads_moved: usize,
+    damaged: Vec<String>,
+}
+
+/// Undoes one program, or every one on this host.
+///
+/// # Errors
+/// The first process that could not be undone; the others are done all the same.
+pub fn run(args: &UndoArgs, out: Output) -> Result<(), Failure> {
+    let mut groups = match &args.pid {
+        Some(spec) => vec![find(spec)?],
+        None => dynimized()?.groups.into_iter().map(|(group, _)| group).collect(),
+    };
+    let mut report = UndoReport { state: StateWord(State::Undynimized), processes: Vec::new(), lines: Vec::new() };
+    let mut first_failure = None;
+    for group in &mut groups {
+        match undo_group(group) {
+            Ok(undone) => report.add(group, &undone),
+            Err(failure) => first_failure = first_failure.or(Some(failure)),
+        }
+    }
+    match first_failure {
+        Some(failure) => Err(failure),
+        None => {
+            out.report(&report);
+            Ok(())
+        }
+    }
+}
+
+/// Undoes every member, and again whoever was forked from a member that still had patches.
+///
+/// # Errors
+/// The first member that could not be undone; the others are done all the same.
+pub fn undo_group(group: &mut Group) -> Result<Vec<Undone>, Failure> {
+    let mut all: Vec<Undone> = Vec::new();
+    let mut first_failure = None;
+    let mut todo = root_first(group);
+    for _ in 0..ROUNDS {
+        for member in &todo {
+            match dyni_applier::undo(member.pid) {
+                Ok(undone) => all.push(undone),
+                Err(e) if e.is_death() || !member.still_there() => {}
+                Err(e) => first_failure = first_failure.or(Some(Failure::from(e))),
+            }
+        }
+        match group.refresh() {
+            Ok(changes) => {
+                todo = root_first(group);
+                todo.retain(|m| changes.born.contains(&m.pid));
+            }
+            Err(TargetError::Exited(_)) => todo.clear(),
+            Err(e) => return Err(e.into()),
+        }
+        if todo.is_empty() {
+            break;
+        }
+    }
+    match first_failure {
+        Some(failure) => Err(failure.help("what was undone stays undone; run the same command again for the rest")),
+        None => Ok(all),
+    }
+}
+
+impl UndoReport {
+    fn add(&mut self, group: &Group, undone: &[Undone]) {
+        let root = &group.root;
+        self.lines.push(state_line(&root.name, root.pid, undone.len(), State::Undynimized.name()));
+        let patches: usize = undone.iter().map(|u| u.patches).sum();
+        if patches > 0 {
+            let stop = undone.iter().map(|u| u.stop).max().unwrap_or(Duration::ZERO);
+            self.lines.push(format!(
+                "  {} taken out, stopped for {}",
+                plural(patches as u64, "patch", "patches"),
+                human_ns(stop.as_nanos() as u64)
+            ));
+        }
+        for one in undone {
+            self.lines.extend(one.damaged.iter().map(|line| format!("  pid {}: {line}", one.pid)));
+            self.processes.push(ProcessReport {
+                pid: one.pid,
+                name: root.name.clone(),
+                state: StateWord(State::Undynimized),
+                modules: one.modules.clone(),
+                patches: one.patches,
+                stop_ns: one.stop.as_nanos() as u64,
+                threads_moved: one.moved,
+                damaged: one.damaged.clone(),
+            });
+        }
+    }
+}
+
+impl Report for UndoReport {
+    fn text(&self, _paint: Paint) -> String {
+        if self.lines.is_empty() {
+            return "no process is dynimized\n".to_owned();
+        }
+        self.lines.iter().map(|line| format!("{line}\n")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_to_undo_is_no_error() {
+        let report = UndoReport { state: StateWord(State::Undynimized), processes: Vec::new(), lines: Vec::new() };
+        assert_eq!(report.text(Paint::PLAIN), "no process is dynimized\n");
+        assert_eq!(serde_json::to_value(&report).unwrap()["state"], "undynimized");
+    }
+}
