@@ -60,8 +60,8 @@ victims! {
     stacks: Watched;
     handasm: Served;
     flags: Watched;
-    // Between a dlclose and the next dlopen there is nothing to patch.
-    plugins: Maybe;
+    // Between a dlclose and the next dlopen there is nothing to patch, or to find patched.
+    plugins: Racing;
     sandbox: Served;
     vforks: Served;
     selfmod: Maybe;

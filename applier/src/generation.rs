@@ -84,11 +84,15 @@ impl Refused {
 pub(crate) struct Library(HashMap<BuildId, Recovered>);
 
 impl Library {
-    fn get(&mut self, module: &MappedModule) -> Result<&Recovered, ApplyError> {
+    fn get(&mut self, pid: i32, module: &MappedModule) -> Result<&Recovered, ApplyError> {
         if !self.0.contains_key(&module.build_id) {
             let fail = |why: String| ApplyError::Module { module: module.name.clone(), why };
             let file = module.file.as_ref().ok_or_else(|| fail("its file can't be opened".to_owned()))?;
-            let bytes = std::fs::read(file).map_err(|e| fail(e.to_string()))?;
+            let bytes = std::fs::read(file).map_err(|e| match e.kind() {
+                // It is read by way of the mapping, and the process has unmapped it.
+                std::io::ErrorKind::NotFound => ApplyError::Changed(pid),
+                _ => fail(e.to_string()),
+            })?;
             let image = Image::parse(bytes, &module.name).map_err(|e| fail(e.to_string()))?;
             if *image.build_id() != module.build_id {
                 return Err(fail("it was replaced while it was read".to_owned()));
@@ -130,7 +134,7 @@ pub(crate) fn prepare(
     for part in &plan.modules {
         let Some(module) = modules.iter().find(|m| m.build_id == part.build_id) else { continue };
         met = true;
-        let recovered = library.get(module)?;
+        let recovered = library.get(pid, module)?;
         let mut refused = Refused::default();
         if let Some(runtime) = refuse::module_refusal(&recovered.image) {
             reasons.add(runtime.reason);

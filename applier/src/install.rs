@@ -90,7 +90,7 @@ fn install_here(pid: i32, generations: &[Generation]) -> Result<Applied, ApplyEr
     let modules = maps::ModuleReader::default().of(pid, &maps);
     let (entries, _) = ledger::find(pid, &maps, &memory);
     let old_escapes: BTreeSet<RunAddr> = entries.iter().flat_map(escapes).collect();
-    let room = room::find(pid, &memory).ok_or(RemoteError::NoRoom(pid))?;
+    let room = room::find(pid, &memory)?;
     let caller = Caller::new(pid, &memory, room.at);
 
     let mut sites = Vec::new();
@@ -139,7 +139,7 @@ fn install_here(pid: i32, generations: &[Generation]) -> Result<Applied, ApplyEr
     }
     let places: Vec<RunAddr> = edits.iter().map(|(_, edit)| edit.at).collect();
     let mut unsafe_now = patch::pointed_into(&stopped, &memory, &maps, &places);
-    let moved = move_in(&mut stopped, &sites, &places, &mut unsafe_now)?;
+    let moved = move_in(&mut stopped, &sites, &memory, &places, &mut unsafe_now)?;
     failpoint::pass("apply:threads-moved", pid);
     for (index, _) in edits.extract_if(.., |(_, edit)| unsafe_now.contains(&edit.at)) {
         dropped[index] += 1;
@@ -318,6 +318,7 @@ pub(crate) fn unmap_ledger(memory: &Memory, caller: &Caller<'_>, entry: &Entry) 
 fn move_in(
     stopped: &mut Stopped,
     sites: &[Site<'_>],
+    memory: &Memory,
     places: &[RunAddr],
     unsafe_now: &mut BTreeSet<RunAddr>,
 ) -> Result<usize, RemoteError> {
@@ -325,7 +326,7 @@ fn move_in(
     for thread in &mut stopped.threads {
         let rip = thread.rip();
         // After a system call that may be restarted, RIP goes back over the instruction; patches leave those alone.
-        let copy = (!thread.in_syscall()).then(|| sites.iter().find_map(|s| s.copy_of(rip))).flatten();
+        let copy = (!thread.in_syscall()).then(|| sites.iter().find_map(|s| s.copy_of(rip, memory))).flatten();
         if let Some(copy) = copy {
             thread.set_rip(copy)?;
             moved += 1;
@@ -339,11 +340,17 @@ fn move_in(
 }
 
 impl Site<'_> {
-    fn copy_of(&self, rip: RunAddr) -> Option<RunAddr> {
+    /// The place in the copy that means the same as `rip`, if `rip` is in a copied block and the block is there: the
+    /// module may have been unloaded since, and another one mapped at its place.
+    fn copy_of(&self, rip: RunAddr, memory: &Memory) -> Option<RunAddr> {
         let at = rip.link(self.bias);
         let blocks = &self.generation.emission.blocks;
         let block = &blocks[blocks.partition_point(|b| b.original <= at).checked_sub(1)?];
         if at >= block.original.plus(u64::from(block.size)) {
+            return None;
+        }
+        let original = self.generation.originals.bytes(block.original, block.size as usize)?;
+        if memory.read_vec(block.original.run(self.bias), original.len()).ok()? != original {
             return None;
         }
         let cache = self.generation.cache;

@@ -30,10 +30,18 @@ impl Room {
     }
 }
 
-/// Finds room in some module of the process; `None` if all segments happen to end flush with a page. A trampoline that a
-/// killed dyni left is passed over: a thread may still come back to it from a signal handler.
-pub(crate) fn find(pid: i32, memory: &Memory) -> Option<Room> {
-    rooms(pid, memory).into_iter().find(|(_, left, ..)| !left).map(|(room, ..)| room)
+/// Finds room in some module of the process. A trampoline that a killed dyni left is passed over: a thread may still come
+/// back to it from a signal handler.
+///
+/// # Errors
+/// [`RemoteError::NoRoom`] if all segments happen to end flush with a page; [`RemoteError::Died`] if nothing is left of it.
+pub(crate) fn find(pid: i32, memory: &Memory) -> Result<Room, RemoteError> {
+    match rooms(pid, memory).into_iter().find(|(_, left, ..)| !left) {
+        Some((room, ..)) => Ok(room),
+        // A process that ends loses its memory first and is listed, as a zombie at last, for some time yet.
+        None if memory.is_gone() => Err(RemoteError::Died(pid)),
+        None => Err(RemoteError::NoRoom(pid)),
+    }
 }
 
 /// All the room there is, the best first: whether a trampoline lies there, and of which file and offset the bytes are.

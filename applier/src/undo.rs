@@ -88,7 +88,7 @@ fn forget_unused(pid: i32, memory: &Memory, entries: &mut Vec<Entry>) {
         if entry.journal.entered != 0 || entry.in_force(memory) > 0 {
             return true;
         }
-        let Some(room) = room::find(pid, memory) else { return true };
+        let Ok(room) = room::find(pid, memory) else { return true };
         let caller = Caller::new(pid, memory, room.at);
         // The cache may not have been mapped yet; nothing else lies there unless it was mapped later, so look.
         let code = memory.read_vec(RunAddr(entry.ledger.cache), entry.ledger.code_size as usize);

@@ -11,6 +11,8 @@ use std::time::Duration;
 
 /// How often a system call is tried again when signals get in its way.
 const TRIES: u32 = 200;
+/// How many stops may follow each other on the way to a system call.
+const GROUP_STOPS: u32 = 3;
 
 /// Makes system calls in one process.
 #[derive(Debug)]
@@ -104,7 +106,16 @@ impl<'a> Caller<'a> {
         failpoint::pass("remote:registers-set", self.pid);
         for step in ["remote:syscall-entered", "remote:syscall-left"] {
             tracee.go_to_syscall()?;
-            match tracee.wait()? {
+            let mut report = tracee.wait()?;
+            // A process that its shell has stopped reports that stop as well as the one we asked for.
+            for _ in 0..GROUP_STOPS {
+                if report != Report::Stopped {
+                    break;
+                }
+                tracee.go_to_syscall()?;
+                report = tracee.wait()?;
+            }
+            match report {
                 Report::Syscall => {}
                 Report::Gone => return Err(RemoteError::Died(self.pid)),
                 Report::Signal(signal) => {

@@ -74,6 +74,12 @@ impl Memory {
         done
     }
 
+    /// Whether this memory is no more, because the process ended or exec'ed: then a read answers 0 bytes, while one of an
+    /// address that is not mapped answers an error (`mem_rw`, fs/proc/base.c).
+    pub fn is_gone(&self) -> bool {
+        matches!(self.file.read_at(&mut [0], 0), Ok(0))
+    }
+
     /// Writes `bytes` at `at`, whatever the page's protection. Bytes inside one page are written by one copy in the
     /// kernel and so are never half there.
     ///
