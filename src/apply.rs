@@ -113,17 +113,29 @@ pub fn apply_group(
     fuel: Option<usize>,
     out: Output,
 ) -> Result<ApplyReport, Failure> {
+    apply_group_with(&mut Applier::new(&stored.plan, fuel)?, stored, group, out)
+}
+
+/// The same with an applier that may have prepared the plan already.
+///
+/// # Errors
+/// As [`apply_group`].
+pub fn apply_group_with(
+    applier: &mut Applier<'_>,
+    stored: &StoredPlan,
+    group: &mut Group,
+    out: Output,
+) -> Result<ApplyReport, Failure> {
     let progress = out.progress("dynimizing");
-    let mut applier = Applier::new(&stored.plan, fuel)?;
     let mut report = ApplyReport::new(stored, group, State::Dynimized);
     let mut todo = root_first(group);
     for round in 0..ROUNDS {
         for member in &todo {
             progress.say(&format!("dynimizing {}, pid: {}", member.name, member.pid));
-            if round > 0 && dyni_applier::status(member.pid).is_ok_and(|s| s.state == State::Dynimized) {
+            if round > 0 && dyni_applier::status(member.pid).is_ok_and(|s| s.state == State::Dynimized || s.state == State::Profiling) {
                 continue; // It inherited the patches.
             }
-            match patiently(&mut applier, member.pid) {
+            match patiently(applier, member.pid) {
                 Ok(applied) => report.processes.push(ProcessReport::new(&applied)),
                 Err(e) if (e.is_death() || !member.still_there()) && member.pid != group.root.pid => {}
                 Err(e) if e.is_refusal() && member.pid != group.root.pid => {

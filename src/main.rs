@@ -8,6 +8,7 @@ mod analyze;
 mod apply;
 mod archive;
 mod cli;
+mod count;
 mod demo;
 mod doctor;
 mod duration;

@@ -1,16 +1,14 @@
 //! `dyni optimize`: record, analyze, apply.
 
 use dyni_applier::State;
-use dyni_collector::record::MethodChoice;
 use serde::Serialize;
 
 use crate::analyze::{Analyzed, Layout, for_program};
 use crate::apply::{ApplyReport, apply_group};
-use crate::cli::OptimizeArgs;
+use crate::cli::{MethodArg, OptimizeArgs};
 use crate::errors::Failure;
-use crate::modules;
 use crate::output::{Output, Paint, Report};
-use crate::record::{RecordReport, keep, record_group};
+use crate::record::{RecordReport, keep, profile_group};
 use crate::store::Store;
 use crate::targets::{Refused, find};
 use crate::undo::undo_group;
@@ -39,11 +37,7 @@ pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failur
         out.detail("it is dynimized already: undone first");
         undo_group(&mut group)?;
     }
-    let mut recording = record_group(&group, args.duration, MethodChoice::Auto, "", out)?;
-    let binaries = {
-        let _progress = out.progress("reading the binaries");
-        modules::of_profile(&recording.profile, Some(&group.root))
-    };
+    let (mut recording, binaries) = profile_group(&mut group, args.duration, MethodArg::Auto, "", out)?;
     let id = keep(&mut recording.profile, &binaries, store)?;
     let record = RecordReport::new(&group, &recording, id);
     let Analyzed { stored, before, after, refused, .. } = for_program(&recording.profile, &binaries, out)?;

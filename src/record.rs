@@ -2,11 +2,14 @@
 
 use dyni_collector::record::{MethodChoice, Progress, RecordOptions, Recording, StopReason};
 use dyni_collector::{Group, record};
+use dyni_applier::State;
+use dyni_schema::profile::MAX_STRING;
 use dyni_schema::{Method, Profile};
 use serde::Serialize;
 use std::time::Duration;
 
 use crate::cli::{MethodArg, RecordArgs};
+use crate::count::{count_group, sampling_part};
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::interrupt::Interruptible;
@@ -55,14 +58,9 @@ struct ModuleReport {
 /// # Errors
 /// There is no such program, no sampler, no samples, or the archive can't be written.
 pub fn run(args: &RecordArgs, store: &Store, out: Output) -> Result<(), Failure> {
-    let method = choice(args.method)?;
-    let group = find(&args.pid)?;
+    let mut group = find(&args.pid)?;
     store.check_writable()?;
-    let mut recording = record_group(&group, args.duration, method, &args.label, out)?;
-    let binaries = {
-        let _progress = out.progress("reading the binaries");
-        modules::of_profile(&recording.profile, Some(&group.root))
-    };
+    let (mut recording, binaries) = profile_group(&mut group, args.duration, args.method, &args.label, out)?;
     let id = keep(&mut recording.profile, &binaries, store)?;
     out.report(&RecordReport::new(&group, &recording, id));
     Ok(())
@@ -79,25 +77,56 @@ pub fn keep(profile: &mut Profile, binaries: &[Binary], store: &Store) -> Result
     store.keep_profile(profile)
 }
 
-/// The sampler that a word on the command line means.
-///
-/// # Errors
-/// It is refused for now.
-pub fn choice(method: MethodArg) -> Result<MethodChoice, Failure> {
-    Ok(match method {
-        MethodArg::Auto => MethodChoice::Auto,
+/// The sampler that a word on the command line means; counting begins with samples too.
+const fn sampler(method: MethodArg) -> MethodChoice {
+    match method {
+        MethodArg::Auto | MethodArg::Count => MethodChoice::Auto,
         MethodArg::Lbr => MethodChoice::Only(Method::Lbr),
         MethodArg::Cycles => MethodChoice::Only(Method::Cycles),
         MethodArg::Clock => MethodChoice::Only(Method::Clock),
         MethodArg::Ptrace => MethodChoice::Only(Method::Ptrace),
-        MethodArg::Count => {
-            return Err(Failure::refused(
-                "record with method count",
-                "not available yet: needs an instrumented generation",
-            )
-            .help("leave out --method: the best sampler that works here is taken"));
+    }
+}
+
+/// Samples a program and then, if asked or if there is nothing better, counts; with the binaries that were sampled.
+///
+/// # Errors
+/// Why there is no recording. That a program can't be counted is an error only if that was asked for.
+pub fn profile_group(
+    group: &mut Group,
+    duration: Duration,
+    method: MethodArg,
+    label: &str,
+    out: Output,
+) -> Result<(Recording, Vec<Binary>), Failure> {
+    let may_count = matches!(method, MethodArg::Auto | MethodArg::Count);
+    // Copies that are in force already would be taken out by counting.
+    let state = dyni_applier::status(group.root.pid)?.state;
+    let can_count = may_count && state == State::Undynimized;
+    if method == MethodArg::Count && !can_count {
+        return Err(Failure::refused(format!("count {}", group.root.name), format!("it is {}", state.name()))
+            .help("`dyni undo` first: what is counted is the original code"));
+    }
+    let sampling = if can_count { sampling_part(duration) } else { duration };
+    let mut recording = record_group(group, sampling, sampler(method), label, out)?;
+    let binaries = {
+        let _progress = out.progress("reading the binaries");
+        modules::of_profile(&recording.profile, Some(&group.root))
+    };
+    let counts_pay = method == MethodArg::Count || recording.profile.method != Method::Lbr;
+    if can_count && counts_pay && recording.stopped == StopReason::Complete {
+        let counted = count_group(group, &mut recording.profile, &binaries, duration, out);
+        match counted {
+            Ok(()) => recording.profile.duration_ns = duration.as_nanos() as u64,
+            Err(e) if method == MethodArg::Count => return Err(e),
+            Err(e) => {
+                let note = &mut recording.profile.method_note;
+                note.push_str(&format!("{}count: {e}", if note.is_empty() { "" } else { "; " }));
+                note.truncate(note.floor_char_boundary(MAX_STRING));
+            }
         }
-    })
+    }
+    Ok((recording, binaries))
 }
 
 /// Records with a progress bar; Ctrl-C ends it and keeps what there is.
@@ -212,13 +241,10 @@ impl Report for RecordReport {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::errors::Status;
 
     #[test]
-    fn counting_is_refused_until_it_exists() {
-        let failure = choice(MethodArg::Count).unwrap_err();
-        assert_eq!(failure.status(), Status::Refused);
-        assert!(failure.to_string().contains("not available yet: needs an instrumented generation"));
-        assert_eq!(choice(MethodArg::Clock).unwrap(), MethodChoice::Only(Method::Clock));
+    fn counting_begins_with_the_best_sampler() {
+        assert_eq!(sampler(MethodArg::Count), MethodChoice::Auto);
+        assert_eq!(sampler(MethodArg::Clock), MethodChoice::Only(Method::Clock));
     }
 }

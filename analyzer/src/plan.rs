@@ -168,17 +168,9 @@ pub fn analyze(profile: &Profile, modules: &[Module<'_>], options: &Options) -> 
         missing: Vec::new(),
         minor: Vec::new(),
     };
-    let total: u64 = profile.modules.iter().map(weight_of).fold(0, u64::saturating_add);
-    for seen in &profile.modules {
-        let share = u128::from(weight_of(seen)) * 1_000_000;
-        if share < u128::from(total) * u128::from(options.min_share_ppm) {
-            analysis.minor.push(seen.name.clone());
-            continue;
-        }
-        let Some(module) = modules.iter().find(|m| *m.image.build_id() == seen.build_id) else {
-            analysis.missing.push(seen.name.clone());
-            continue;
-        };
+    let (chosen, missing, minor) = chosen_modules(profile, modules, options);
+    (analysis.missing, analysis.minor) = (missing, minor);
+    for (seen, module) in chosen {
         let evidence = Evidence::new(seen, profile.method);
         let (functions, refused, report) = analyze_module(module, &evidence, options);
         analysis.refused.extend(refused);
@@ -195,11 +187,38 @@ pub fn analyze(profile: &Profile, modules: &[Module<'_>], options: &Options) -> 
     Ok(analysis)
 }
 
-/// How much was seen in a module: samples, or branches where there are none.
+/// A module of a profile, with its code.
+type Chosen<'p, 'm> = (&'p ModuleProfile, &'m Module<'m>);
+
+/// The modules of a profile that are worth it and are there; the names of those that are not there, and of those that
+/// have too small a share of the samples.
+pub(crate) fn chosen_modules<'p, 'm>(
+    profile: &'p Profile,
+    modules: &'m [Module<'m>],
+    options: &Options,
+) -> (Vec<Chosen<'p, 'm>>, Vec<String>, Vec<String>) {
+    let (mut chosen, mut missing, mut minor) = (Vec::new(), Vec::new(), Vec::new());
+    let total: u64 = profile.modules.iter().map(weight_of).fold(0, u64::saturating_add);
+    for seen in &profile.modules {
+        let share = u128::from(weight_of(seen)) * 1_000_000;
+        if share < u128::from(total) * u128::from(options.min_share_ppm) {
+            minor.push(seen.name.clone());
+        } else if let Some(module) = modules.iter().find(|m| *m.image.build_id() == seen.build_id) {
+            chosen.push((seen, module));
+        } else {
+            missing.push(seen.name.clone());
+        }
+    }
+    (chosen, missing, minor)
+}
+
+/// How much was seen in a module: samples, or branches where there are none, or counts where there are neither.
 fn weight_of(module: &ModuleProfile) -> u64 {
-    match module.samples.total() {
-        0 => module.branches.count.iter().fold(0, |sum, &c| sum.saturating_add(c)),
-        samples => samples,
+    let sum = |counts: &[u64]| counts.iter().fold(0u64, |sum, &c| sum.saturating_add(c));
+    match (module.samples.total(), sum(&module.branches.count)) {
+        (0, 0) => sum(&module.ranges.count),
+        (0, branches) => branches,
+        (samples, _) => samples,
     }
 }
 
@@ -208,7 +227,7 @@ fn analyze_module(
     evidence: &Evidence<'_>,
     options: &Options,
 ) -> (Vec<FunctionPlan>, Vec<Refused>, ModuleReport) {
-    let seen = Seen::of(module.functions, evidence.profile());
+    let seen = Seen::of(module.functions, evidence.profile(), evidence.is_counted());
     let hot = seen.covering(options.coverage_ppm);
     let runtime = refuse::module_refusal(module.image);
     let unwind = refuse::Options { unwind_registered: options.unwind_registered, others_throw: false };
@@ -306,12 +325,13 @@ fn function_plan(layout: &FunctionLayout, hash: dyni_schema::FunctionHash) -> Fu
         blocks: layout.order.iter().map(|&b| layout.offset(b)).collect(),
         hot: layout.hot as u32,
         entries: layout.entries.iter().map(|&b| layout.offset(b)).collect(),
+        probes: Vec::new(),
         weight: layout.weight,
     }
 }
 
 /// The functions in which anything was seen.
-struct Seen {
+pub(crate) struct Seen {
     /// Index into [`Functions::all`] and weight, by rising address.
     functions: Vec<(u32, u64)>,
     total: u64,
@@ -319,10 +339,12 @@ struct Seen {
 }
 
 impl Seen {
-    fn of(functions: &Functions, profile: &ModuleProfile) -> Self {
+    pub fn of(functions: &Functions, profile: &ModuleProfile, counted: bool) -> Self {
         let mut seen = Self { functions: Vec::new(), total: 0, outside: 0 };
         let branches = &profile.branches;
-        if profile.samples.addr.is_empty() {
+        if counted {
+            seen.add_counted(functions, profile);
+        } else if profile.samples.addr.is_empty() {
             branches
                 .from
                 .iter()
@@ -332,6 +354,28 @@ impl Seen {
             profile.samples.iter().for_each(|(at, count)| seen.add(functions, at, count));
         }
         seen
+    }
+
+    /// A counted function weighs what ran in it, bytes for lack of cycles. One that was sampled and not counted weighs
+    /// what its samples would be in that unit.
+    fn add_counted(&mut self, functions: &Functions, profile: &ModuleProfile) {
+        let r = &profile.ranges;
+        for ((&start, &end), &count) in r.start.iter().zip(&r.end).zip(&r.count) {
+            self.add(functions, LinkAddr(start), count.saturating_mul(end - start + 1));
+        }
+        let bytes = u128::from(self.total);
+        let samples = u128::from(profile.samples.total().max(1));
+        let mut sampled = Self { functions: Vec::new(), total: 0, outside: 0 };
+        profile.samples.iter().for_each(|(at, count)| sampled.add(functions, at, count));
+        let counted = |index: u32| self.functions.binary_search_by_key(&index, |f| f.0).is_ok();
+        sampled.functions.retain(|&(index, _)| !counted(index));
+        for (index, count) in sampled.functions {
+            let weight = u64::try_from(u128::from(count) * bytes / samples).unwrap_or(u64::MAX).max(count);
+            self.total = self.total.saturating_add(weight);
+            self.functions.push((index, weight));
+        }
+        self.functions.retain(|f| f.1 > 0);
+        self.functions.sort_unstable();
     }
 
     /// Addresses must rise.
@@ -348,7 +392,7 @@ impl Seen {
     }
 
     /// The hottest functions, hottest first, ties by address, until they have that share of what lies in functions.
-    fn covering(&self, ppm: u32) -> Vec<(u32, u64)> {
+    pub fn covering(&self, ppm: u32) -> Vec<(u32, u64)> {
         let mut sorted = self.functions.clone();
         sorted.sort_by_key(|&(index, weight)| (std::cmp::Reverse(weight), index));
         let in_functions: u128 = sorted.iter().map(|f| u128::from(f.1)).sum();

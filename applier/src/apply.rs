@@ -6,6 +6,7 @@ use crate::install::{Applied, install};
 use crate::status::{State, status};
 use dyni_schema::Plan;
 use dyni_schema::envelope::{content_id, seal};
+use std::collections::HashSet;
 
 /// A plan on its way into one or more processes that run the same builds.
 #[derive(Debug)]
@@ -14,7 +15,24 @@ pub struct Applier<'p> {
     id: [u8; 32],
     fuel: Option<usize>,
     library: Library,
+    told: Variant,
+    untold: Variant,
+    /// Processes whose unwinder could not be told: no thread of theirs waits where a function can be called.
+    left_untold: HashSet<i32>,
+}
+
+/// A plan's code for processes whose unwinder is told of copies, or for those where it can't be.
+#[derive(Debug)]
+struct Variant {
+    /// What was prepared last.
     generations: Vec<Generation>,
+    usable: bool,
+}
+
+impl Default for Variant {
+    fn default() -> Self {
+        Self { generations: Vec::new(), usable: true }
+    }
 }
 
 /// What would be installed in a process.
@@ -39,7 +57,15 @@ impl<'p> Applier<'p> {
     /// The plan breaks a rule of its type.
     pub fn new(plan: &'p Plan, fuel: Option<usize>) -> Result<Self, ApplyError> {
         let id = content_id(&seal(plan)?);
-        Ok(Self { plan, id, fuel, library: Library::default(), generations: Vec::new() })
+        Ok(Self {
+            plan,
+            id,
+            fuel,
+            library: Library::default(),
+            told: Variant::default(),
+            untold: Variant::default(),
+            left_untold: HashSet::new(),
+        })
     }
 
     /// Makes and checks the code for process `pid` without touching the process.
@@ -47,8 +73,8 @@ impl<'p> Applier<'p> {
     /// # Errors
     /// Why it can't be done.
     pub fn prepare(&mut self, pid: i32) -> Result<Vec<Prepared>, ApplyError> {
-        self.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true)?;
-        Ok(self.generations.iter().map(Generation::summary).collect())
+        self.told.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true)?;
+        Ok(self.told.generations.iter().map(Generation::summary).collect())
     }
 
     /// Applies the plan to process `pid`, which must not be dynimized with another plan. What was prepared for another
@@ -61,21 +87,30 @@ impl<'p> Applier<'p> {
         if now.modules.iter().any(|m| m.state != State::Undynimized && m.plan != self.id) {
             return Err(ApplyError::OtherPlan(pid));
         }
-        if !self.generations.is_empty() {
-            match install(pid, &self.generations) {
+        if self.told.usable && !self.left_untold.contains(&pid) {
+            match self.apply_variant(pid, true) {
+                // Then without the functions for which that matters.
+                Err(ApplyError::UnwinderNotTold { .. }) => {
+                    self.left_untold.insert(pid);
+                }
+                // Nor is anything told that the checker does not vouch for.
+                Err(ApplyError::Misdescribed(_)) => self.told.usable = false,
+                done => return done,
+            }
+        }
+        self.apply_variant(pid, false)
+    }
+
+    fn apply_variant(&mut self, pid: i32, tell_unwinder: bool) -> Result<Applied, ApplyError> {
+        let variant = if tell_unwinder { &mut self.told } else { &mut self.untold };
+        if !variant.generations.is_empty() {
+            match install(pid, &variant.generations) {
                 Ok(applied) if !applied.modules.is_empty() => return Ok(applied),
-                Ok(_) | Err(ApplyError::Changed(_) | ApplyError::UnwinderNotTold { .. }) => {}
+                Ok(_) | Err(ApplyError::Changed(_)) => {}
                 Err(e) => return Err(e),
             }
         }
-        let mut try_with = |tell_unwinder| {
-            self.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
-            install(pid, &self.generations)
-        };
-        match try_with(true) {
-            // Then without the functions for which that matters; nor is anything told that the checker does not vouch for.
-            Err(ApplyError::UnwinderNotTold { .. } | ApplyError::Misdescribed(_)) => try_with(false),
-            done => done,
-        }
+        variant.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
+        install(pid, &variant.generations)
     }
 }

@@ -6,6 +6,7 @@
 //!
 //! - an instruction must have the same bytes, except that a RIP-relative displacement must denote the same address;
 //! - a `nop` of the original may be missing in the copy;
+//! - before an instruction the copy may raise a counter, if what that changes is dead there;
 //! - where the original goes on at Z (a jump, either way of a branch, or the end of the block), the copy must go on at Z
 //!   itself, or at the copy of Z that the block map names, with at most direct jumps between;
 //! - a call must go to the same function, or to the copy of its entry.
@@ -16,10 +17,14 @@
 //! As every block of the map is proven and every edge ends in the map or in the original, the claim follows for whole
 //! executions by induction on their length. Like regalloc2's checker, this verifies each result, not the algorithm.
 
-use crate::lower::{CopiedBlock, Emission};
+use crate::lower::{COUNTER, CopiedBlock, Emission};
 use dyni_schema::{CacheAddr, LinkAddr};
-use iced_x86::{Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use iced_x86::{
+    Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    Register, RflagsBits,
+};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Two places that mean the same: an instruction boundary of the original and one of the copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +33,8 @@ pub struct Pair {
     pub original: LinkAddr,
     /// In the copy.
     pub copy: CacheAddr,
+    /// Where in the copy the instruction itself is: behind what raises a counter.
+    pub instruction: CacheAddr,
 }
 
 /// A copy that is not its original. This is a bug in dyni: the whole module is refused.
@@ -54,6 +61,8 @@ struct Copies<'a> {
     code: &'a [u8],
     cache: LinkAddr,
     blocks: &'a [CopiedBlock],
+    /// Where counters are.
+    counters: &'a Range<LinkAddr>,
 }
 
 impl Copies<'_> {
@@ -82,6 +91,83 @@ impl Copies<'_> {
     }
 }
 
+/// Instructions that raise a counter.
+#[derive(Clone, Copy)]
+struct Raised {
+    /// The register that they change; else it is the flags.
+    register: Option<Register>,
+    /// What comes after them.
+    next: u64,
+}
+
+impl Copies<'_> {
+    /// Whether the copy raises a counter at `at`: `inc [counter]`, or load, `lea r, [r + 1]`, store.
+    fn raises_counter(&self, at: u64) -> Option<Raised> {
+        let counter = |i: &Instruction| {
+            let address = LinkAddr(i.ip_rel_memory_address());
+            let is_one = i.is_ip_rel_memory_operand()
+                && self.counters.contains(&address)
+                && (address.0 - self.counters.start.0).is_multiple_of(COUNTER);
+            is_one.then_some(address)
+        };
+        let first = self.decode(at)?;
+        let address = counter(&first)?;
+        if first.code() == Code::Inc_rm64 && !first.has_lock_prefix() {
+            return Some(Raised { register: None, next: first.next_ip() });
+        }
+        let (second, third) = (self.decode(first.next_ip())?, self.decode(self.decode(first.next_ip())?.next_ip())?);
+        let register = first.op0_register();
+        let adds = second.code() == Code::Lea_r64_m
+            && second.op0_register() == register
+            && second.memory_base() == register
+            && second.memory_index() == Register::None
+            && second.memory_displacement64() == 1;
+        let same = first.code() == Code::Mov_r64_rm64
+            && third.code() == Code::Mov_rm64_r64
+            && third.op1_register() == register
+            && counter(&third) == Some(address);
+        (adds && same).then_some(Raised { register: Some(register), next: third.next_ip() })
+    }
+}
+
+impl Raised {
+    /// Whether these instructions of the original, the rest of a block, do not depend on what was changed.
+    fn is_harmless(self, rest: &[u8]) -> bool {
+        // `inc` leaves the carry alone.
+        let mut flags = RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::PF;
+        let mut factory = InstructionInfoFactory::new();
+        for i in Decoder::with_ip(64, rest, 0, DecoderOptions::NONE) {
+            let info = factory.info(&i);
+            if let Some(register) = self.register {
+                let mut uses = info.used_registers().iter().filter(|u| u.register().full_register() == register);
+                if let Some(first) = uses.next() {
+                    return uses.next().is_none() && first.access() == OpAccess::Write && first.register().size() >= 4;
+                }
+            } else {
+                if i.rflags_read() & flags != 0 {
+                    return false;
+                }
+                // Shifts and rotations by zero change nothing, whatever the decoder says of others.
+                let arithmetic = matches!(
+                    i.mnemonic(),
+                    Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Add | Mnemonic::Sub | Mnemonic::And | Mnemonic::Or
+                        | Mnemonic::Xor | Mnemonic::Neg | Mnemonic::Adc | Mnemonic::Sbb
+                );
+                if arithmetic {
+                    flags &= !i.rflags_modified();
+                }
+                if flags == 0 {
+                    return true;
+                }
+            }
+            if i.is_invalid() || i.flow_control() != FlowControl::Next {
+                return false;
+            }
+        }
+        false
+    }
+}
+
 fn is_jump(i: &Instruction) -> bool {
     matches!(i.code(), Code::Jmp_rel8_64 | Code::Jmp_rel32_64)
 }
@@ -105,7 +191,8 @@ fn is_counter_branch(i: &Instruction) -> bool {
 /// # Errors
 /// The first mismatch, by original address.
 pub fn check(emission: &Emission, cache: LinkAddr, originals: &dyn Originals) -> Result<(), Mismatch> {
-    let copies = Copies { code: &emission.code, cache, blocks: &emission.blocks };
+    let counters = &emission.counter_range();
+    let copies = Copies { code: &emission.code, cache, blocks: &emission.blocks, counters };
     emission
         .blocks
         .par_iter()
@@ -124,14 +211,16 @@ pub fn pairs(
     cache: LinkAddr,
     blocks: &[CopiedBlock],
     block: &CopiedBlock,
+    counters: &Range<LinkAddr>,
     originals: &dyn Originals,
 ) -> Result<Vec<Pair>, Mismatch> {
-    walk(Copies { code, cache, blocks }, block, originals)
+    walk(Copies { code, cache, blocks, counters }, block, originals)
 }
 
 fn walk(copies: Copies<'_>, block: &CopiedBlock, originals: &dyn Originals) -> Result<Vec<Pair>, Mismatch> {
     let end = block.original.0.wrapping_add(u64::from(block.size));
     let mut at = copies.cache.plus(block.copy.0).0;
+    let copy_end = at + u64::from(block.copy_size);
     let mut pairs = Vec::new();
     let fault = |original: u64, at: u64, what| Mismatch {
         original: LinkAddr(original),
@@ -149,7 +238,15 @@ fn walk(copies: Copies<'_>, block: &CopiedBlock, originals: &dyn Originals) -> R
         if o.is_invalid() {
             return wrong("the original is not an instruction");
         }
-        pairs.push(Pair { original: LinkAddr(o.ip()), copy: CacheAddr(at.wrapping_sub(copies.cache.0)) });
+        // Behind a block that was nothing but no-operations the next one begins, maybe with a counter of its own.
+        if let Some(raised) = (at < copy_end).then(|| copies.raises_counter(at)).flatten() {
+            if !raised.is_harmless(&bytes[(o.ip() - block.original.0) as usize..]) {
+                return wrong("a counter is raised where what that changes is in use");
+            }
+            at = raised.next;
+        }
+        let place = |at: u64| CacheAddr(at.wrapping_sub(copies.cache.0));
+        pairs.push(Pair { original: LinkAddr(o.ip()), copy: place(here), instruction: place(at) });
         if o.mnemonic() == Mnemonic::Nop {
             continue;
         }

@@ -8,7 +8,7 @@ use crate::check::check;
 use crate::error::ApplyError;
 use crate::install::FunctionBytes;
 use crate::ledger::{self, Ledger, PATCH};
-use crate::lower::{Emission, Source, Unlowered, lower};
+use crate::lower::{COUNTER, Emission, Source, Unlowered, lower};
 use crate::place::{AddressSpace, HUGE};
 use crate::remote::{Memory, function};
 use crate::unwind::unwinder::{self, NoUnwinder};
@@ -157,7 +157,7 @@ pub(crate) fn prepare(
         let generation = place(plan, plan_id, part, module, recovered, sources, refused, &known, &space, unwinding)?
             .ok_or_else(|| ApplyError::NoRoom { pid, module: module.name.clone() })?;
         let start = generation.cache.run(module.bias).0;
-        space.take(start..start + generation.cache_size);
+        space.take(start..start + generation.span());
         generations.push(generation);
     }
     if !met {
@@ -228,12 +228,15 @@ fn place(
     let span = module.span.start.0..module.span.end.0;
     // Branches grow in a copy and parts are aligned: a quarter and some more than the original is always enough. So is
     // as much again for unwind data.
-    let bytes: u64 = sources.iter().map(|s| s.code.len() as u64 * 5 / 4 + 64).sum();
+    // A probe takes at most 18 bytes.
+    let probes: u64 = sources.iter().map(|s| s.plan.probes.len() as u64).sum();
+    let bytes: u64 = sources.iter().map(|s| s.code.len() as u64 * 5 / 4 + 64).sum::<u64>() + probes * 18;
+    let counters = (probes * COUNTER).next_multiple_of(4096);
     let tables = if unwinding == Unwinding::Told { bytes } else { 0 };
     let size = (bytes + tables + function::CODE_LEN).next_multiple_of(HUGE).min(MAX_CACHE);
     let again = known.iter().map(|&(at, size, _)| (at, size));
     // Less room than all of it is better than none: the hottest functions go in.
-    let fresh = (1..=size / HUGE).rev().map(|n| n * HUGE).find_map(|n| Some((*space.holes(&span, n, 1).first()?, n)));
+    let fresh = (1..=size / HUGE).rev().map(|n| n * HUGE).find_map(|n| Some((*space.holes(&span, n, counters, 1).first()?, n)));
     let mut made = None;
     for (at, size) in again.chain(fresh) {
         let cache = at.link(module.bias);
@@ -283,7 +286,7 @@ fn emit(
     let Recovered { image, functions, .. } = recovered;
     let mut room = size - function::CODE_LEN;
     loop {
-        let (mut emission, unlowered) = lower(sources, cache, room);
+        let (mut emission, unlowered) = lower(sources, cache, room, cache.plus(size));
         let originals = FunctionBytes::new(sources.iter().map(|s| (s.cfg.start, s.code.clone())).collect());
         check(&emission, cache, &originals)?;
         if unwinding != Unwinding::Told {
@@ -394,8 +397,14 @@ fn jump(at: LinkAddr, to: LinkAddr) -> [u8; PATCH] {
 }
 
 impl Generation {
+    /// How many bytes of the address space it takes, counters included.
+    fn span(&self) -> u64 {
+        self.cache_size + (self.emission.counters.len() as u64 * COUNTER).next_multiple_of(4096)
+    }
+
     /// The ledger of this generation for a process that has the module mapped as `module` says.
     pub fn ledger(&self, module: &MappedModule, borrowed_page: RunAddr) -> Ledger {
+        let counted: Vec<u64> = self.emission.counters.iter().map(|b| b.0).collect();
         let mut ledger = Ledger {
             plan: self.plan,
             program: self.program.clone(),
@@ -414,6 +423,8 @@ impl Generation {
             replacements: self.patches.iter().map(|p| p.2).collect(),
             escapes: self.emission.escapes.iter().map(|e| e.0).collect(),
             borrowed_pages: vec![borrowed_page.0],
+            counters: if counted.is_empty() { 0 } else { self.emission.counters_at.run(module.bias).0 },
+            counted,
             unwind: self.unwind.map_or(0, |at| self.cache.plus(at.0).run(module.bias).0),
             refused: self.refused.clone(),
             ..Ledger::default()

@@ -251,7 +251,7 @@ fn map_in(
     pid: i32,
 ) -> Result<Entry, ApplyError> {
     let cache = RunAddr(wanted.cache);
-    if !AddressSpace::of(maps).is_free(&(cache.0..cache.0 + wanted.cache_size)) {
+    if !AddressSpace::of(maps).is_free(&(cache.0..cache.0 + wanted.cache_size + wanted.counters_size())) {
         return Err(ApplyError::Changed(pid));
     }
     let private = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
@@ -291,6 +291,13 @@ fn map_in(
         };
     }
     failpoint::pass("apply:cache-mapped", pid);
+    if entry.ledger.counters != 0 {
+        // Shared, so that a child that is forked meanwhile counts with its parent.
+        let shared = (libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE) as u64;
+        let writable = read | libc::PROT_WRITE as u64;
+        let (at, size) = (entry.ledger.counters, entry.ledger.counters_size());
+        caller.call("mmap", libc::SYS_mmap, [at, size, writable, shared, no_file, 0])?;
+    }
     let code = &generation.emission.code;
     memory.write(cache, &code[..code.len() / 2])?;
     failpoint::pass("apply:code-half-written", pid);
@@ -354,7 +361,9 @@ impl Site<'_> {
             return None;
         }
         let cache = self.generation.cache;
-        let pairs = pairs(&self.generation.emission.code, cache, blocks, block, &self.generation.originals).ok()?;
+        let emission = &self.generation.emission;
+        let (code, counters) = (&emission.code, emission.counter_range());
+        let pairs = pairs(code, cache, blocks, block, &counters, &self.generation.originals).ok()?;
         let pair = pairs.iter().find(|p| p.original == at)?;
         Some(cache.plus(pair.copy.0).run(self.bias))
     }

@@ -8,7 +8,7 @@
 //! A ledger is found by looking for its first bytes in the private, read-only, anonymous mappings of the process. It is
 //! as untrusted as any file: the process could have written it (invariant 9).
 
-use crate::lower::CopiedBlock;
+use crate::lower::{COUNTER, CopiedBlock};
 use crate::remote::{Memory, RemoteError};
 use crate::unwind::register::{self, Place};
 use dyni_collector::maps::Mapping;
@@ -16,6 +16,7 @@ use dyni_schema::envelope::{self, Kind, OpenError, Record, SealError, decode, en
 use dyni_schema::{BuildId, CacheAddr, Invalid, LinkAddr, RunAddr};
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
+use std::ops::Range;
 
 /// The length in bytes of a patch: `jmp rel32`.
 pub const PATCH: usize = 5;
@@ -27,6 +28,8 @@ const SEALED_AT: u64 = 128;
 const NAMES_AT: u64 = 96;
 const NAMES: [&[u8]; 2] = [b"dyni ledger\0", b"dyni cache\0"];
 const PAGE: u64 = 4096;
+/// The most counters of a generation.
+const MAX_COUNTERS: usize = 1 << 22;
 
 /// What was done to one module in one process. Addresses are link addresses unless they say otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -69,6 +72,10 @@ pub struct Ledger {
     pub block_copy: Vec<u32>,
     /// The copy's length in bytes.
     pub block_copy_size: Vec<u32>,
+    /// Where the counters are mapped that the copies raise: a run address; 0 if they do not count.
+    pub counters: u64,
+    /// The blocks that are counted, one for each counter, in the counters' order.
+    pub counted: Vec<u64>,
     /// Where copies may jump to in the original, rising.
     pub escapes: Vec<u64>,
     /// Pages of the process (run addresses) that dyni wrote to and put back: they are private since, but unchanged.
@@ -150,6 +157,8 @@ impl Record for Ledger {
         rule((0..n).all(|i| end(i) <= self.code_size), "a block lies outside the code")?;
         rule(self.hot_size <= self.code_size && self.code_size <= self.cache_size, "bad sizes")?;
         rule(self.cache_size <= 1 << 31 && self.cache.checked_add(self.cache_size).is_some(), "bad cache")?;
+        let counters_end = self.counters.checked_add(self.counted.len() as u64 * COUNTER);
+        rule(counters_end.is_some() && self.counted.len() <= MAX_COUNTERS, "bad counters")?;
         rule(rising(&self.escapes), "escapes are not sorted")
     }
 }
@@ -186,6 +195,19 @@ impl Ledger {
     #[must_use]
     pub fn cache_link(&self) -> LinkAddr {
         RunAddr(self.cache).link(self.bias)
+    }
+
+    /// The link addresses of its counters.
+    #[must_use]
+    pub fn counter_range(&self) -> Range<LinkAddr> {
+        let start = RunAddr(self.counters).link(self.bias);
+        start..start.plus(self.counted.len() as u64 * COUNTER)
+    }
+
+    /// How many bytes are mapped for its counters.
+    #[must_use]
+    pub fn counters_size(&self) -> u64 {
+        (self.counted.len() as u64 * COUNTER).next_multiple_of(PAGE)
     }
 
     /// Whether this run address lies in its code.

@@ -8,10 +8,11 @@
 //! - [`remote`]: a live process from outside: memory, threads, system calls in its name;
 //! - [`ledger`]: what was done, kept in the target;
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
-//! - [`Applier`], [`undo`], [`status`], [`Resolver`]: what the command calls.
+//! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls.
 
 mod apply;
 pub mod check;
+mod counts;
 mod error;
 mod failpoint;
 mod generation;
@@ -31,6 +32,7 @@ pub mod unwind;
 mod written;
 
 pub use apply::{Applier, Prepared};
+pub use counts::{Counters, Tally, counters};
 pub use error::ApplyError;
 pub use failpoint::FAILPOINTS;
 pub use install::{Applied, AppliedModule};

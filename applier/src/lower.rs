@@ -9,13 +9,16 @@
 //!   denote are the same, or a copy of the same);
 //! - the sense of a conditional branch whose two ways are swapped; direct jumps that come or go at a block's end;
 //! - the length of a branch's encoding (`loop` and `jrcxz`, which have no long form, get a jump beside them);
-//! - no-operations (`nop`), which are left out.
+//! - no-operations (`nop`), which are left out;
+//! - in a counting plan, the instructions that raise a counter, at places where what they change is dead
+//!   ([`dyni_analyzer::probes`]).
 //!
 //! Layout of the cache: the hot part of every function in the plan's order, then the cold part of every function. Hot
 //! parts begin on 16 bytes. Branches are short where they reach: starting from all short, those out of reach grow until
 //! none does (each growth is final, so this ends; see the header of Cranelift's `MachBuffer` for the alternatives).
 
 use dyni_analyzer::cfg::{Block, Cfg, Terminator};
+use dyni_analyzer::probes::{self, How, Place};
 use dyni_schema::{CacheAddr, FunctionPlan, LinkAddr};
 use iced_x86::{Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 use std::collections::HashMap;
@@ -25,6 +28,8 @@ use std::ops::Range;
 const HOT_ALIGN: u64 = 16;
 /// Alignment in bytes of the first cold part, so that the two never share a cache line.
 const COLD_START_ALIGN: u64 = 64;
+/// The length of a counter in bytes.
+pub const COUNTER: u64 = 8;
 /// What lies between the parts: a trap, should anything ever go there.
 const FILL: u8 = 0xcc;
 
@@ -64,9 +69,19 @@ pub struct Emission {
     /// The places in original code to which copies may jump, rising, each once: nothing may be patched so that one of
     /// them lies inside a patch.
     pub escapes: Vec<LinkAddr>,
+    /// Where the counters lie, [`COUNTER`] bytes each, behind the cache.
+    pub counters_at: LinkAddr,
+    /// The block that each counter counts, in their order.
+    pub counters: Vec<LinkAddr>,
 }
 
 impl Emission {
+    /// The addresses of the counters.
+    #[must_use]
+    pub fn counter_range(&self) -> Range<LinkAddr> {
+        self.counters_at..self.counters_at.plus(self.counters.len() as u64 * COUNTER)
+    }
+
     /// The copied block that starts at this original address.
     #[must_use]
     pub fn block_at(&self, original: LinkAddr) -> Option<&CopiedBlock> {
@@ -211,10 +226,15 @@ fn in_reach(cache: LinkAddr, size: u64, address: LinkAddr) -> bool {
 }
 
 /// Lowers a module's functions into a cache at `cache` (its link address, fixed relative to the module) of at most
-/// `room` bytes. Functions that can't be lowered are left out, with the index into `sources` and the reason; a branch to
+/// `room` bytes, with counters, if the plan has probes, from `counters_at` on. Functions that can't be lowered are left out, with the index into `sources` and the reason; a branch to
 /// one of them goes to its original.
 #[must_use]
-pub fn lower(sources: &[Source<'_>], cache: LinkAddr, room: u64) -> (Emission, Vec<(usize, Unlowered)>) {
+pub fn lower(
+    sources: &[Source<'_>],
+    cache: LinkAddr,
+    room: u64,
+    counters_at: LinkAddr,
+) -> (Emission, Vec<(usize, Unlowered)>) {
     let mut refused = Vec::new();
     let mut chosen: Vec<usize> = Vec::new();
     for (index, source) in sources.iter().enumerate() {
@@ -225,7 +245,7 @@ pub fn lower(sources: &[Source<'_>], cache: LinkAddr, room: u64) -> (Emission, V
     }
     loop {
         let taken: Vec<&Source<'_>> = chosen.iter().map(|&i| &sources[i]).collect();
-        let emission = emit(&taken, cache);
+        let emission = emit(&taken, cache, counters_at);
         if emission.code.len() as u64 <= room {
             refused.sort_unstable();
             return (emission, refused);
@@ -266,6 +286,19 @@ fn order(source: &Source<'_>) -> Result<(Vec<usize>, usize), Unlowered> {
     }
 }
 
+/// Where the counters of a function are raised: for each block with a probe, in the plan's order, its index and place.
+fn probe_places(source: &Source<'_>) -> Result<Vec<(usize, Place)>, Unlowered> {
+    let (copied, _) = order(source)?;
+    let place_of = |&offset: &u32| {
+        let index = source.cfg.block_at(source.cfg.start.plus(u64::from(offset)))?;
+        let block = &source.cfg.blocks[index];
+        let bytes = &source.code[offset as usize..block.end.distance(source.cfg.start) as usize];
+        copied.contains(&index).then_some(())?;
+        Some((index, probes::place(bytes, block.start)?))
+    };
+    source.plan.probes.iter().map(place_of).collect::<Option<_>>().ok_or(Unlowered::PlanMismatch)
+}
+
 fn instructions<'a>(source: &'a Source<'_>, block: &Block) -> Decoder<'a> {
     let from = block.start.distance(source.cfg.start) as usize;
     let to = block.end.distance(source.cfg.start) as usize;
@@ -275,6 +308,7 @@ fn instructions<'a>(source: &'a Source<'_>, block: &Block) -> Decoder<'a> {
 /// Checks all that could fail later, so that emission can't.
 fn admissible(source: &Source<'_>, cache: LinkAddr, room: u64) -> Result<(), Unlowered> {
     let (blocks, _) = order(source)?;
+    probe_places(source)?;
     for index in blocks {
         let block = &source.cfg.blocks[index];
         let reach = |address: u64| {
@@ -330,7 +364,7 @@ fn counter(instruction: &Instruction, opcode: u8) -> Kind {
 }
 
 /// Emits functions that were all found admissible.
-fn emit(sources: &[&Source<'_>], cache: LinkAddr) -> Emission {
+fn emit(sources: &[&Source<'_>], cache: LinkAddr, counters_at: LinkAddr) -> Emission {
     // Parts in layout order: hot ones, then cold ones; each a list of (function, block).
     let orders: Vec<_> = sources.iter().map(|s| order(s).expect("it was found admissible")).collect();
     let part = |f: usize, range: Range<usize>| orders[f].0[range].iter().map(move |&b| (f, b)).collect::<Vec<_>>();
@@ -343,6 +377,15 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr) -> Emission {
     for (id, &(f, b)) in parts.iter().flatten().enumerate() {
         ids.insert(sources[f].cfg.blocks[b].start, id as u32);
     }
+    let mut counters = Vec::new();
+    let mut raised = HashMap::new();
+    for source in sources {
+        for (block, place) in probe_places(source).expect("it was found admissible") {
+            let start = source.cfg.blocks[block].start;
+            raised.insert(start, (place, counters_at.plus(counters.len() as u64 * COUNTER)));
+            counters.push(start);
+        }
+    }
     let resolve = |address: LinkAddr| match ids.get(&address) {
         Some(&id) => Target::Block(id),
         None => Target::Original(address),
@@ -354,7 +397,9 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr) -> Emission {
         let first = pieces.len();
         for (position, &(f, b)) in part.iter().enumerate() {
             let next = part.get(position + 1).map(|_| Target::Block((first + position + 1) as u32));
-            pieces.push(piece(sources[f], &sources[f].cfg.blocks[b], next, &resolve, &mut escapes));
+            let block = &sources[f].cfg.blocks[b];
+            let counter = raised.get(&block.start).copied();
+            pieces.push(piece(sources[f], block, next, counter, &resolve, &mut escapes));
         }
         part_ranges.push(first..pieces.len());
         settle(&mut pieces[first..], first as u32);
@@ -410,7 +455,27 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr) -> Emission {
     blocks.sort_unstable_by_key(|b| b.original);
     escapes.sort_unstable();
     escapes.dedup();
-    Emission { code, hot_size, blocks, escapes }
+    Emission { code, hot_size, blocks, escapes, counters_at, counters }
+}
+
+/// Raises the counter at `counter`.
+fn raise(how: How, counter: LinkAddr, body: &mut Vec<u8>, fixes: &mut Vec<Fix>) {
+    // A RIP-relative operand with its displacement at the end of the instruction.
+    let mut operand = |body: &mut Vec<u8>, opcode: [u8; 3]| {
+        body.extend(opcode);
+        body.extend([0; 4]);
+        let next = body.len() as u32;
+        fixes.push(Fix::Address { at: next - 4, next, address: counter });
+    };
+    match how {
+        How::Flags => operand(body, [0x48, 0xff, 0x05]),
+        How::Register(r) => {
+            let (high, low) = (r >> 3, r & 7);
+            operand(body, [0x48 | high << 2, 0x8b, low << 3 | 5]);
+            body.extend([0x48 | high << 2 | high, 0x8d, 0x40 | low << 3 | low, 1]);
+            operand(body, [0x48 | high << 2, 0x89, low << 3 | 5]);
+        }
+    }
 }
 
 /// One block's body and the jumps at its end, given the block that lies behind it.
@@ -418,6 +483,7 @@ fn piece(
     source: &Source<'_>,
     block: &Block,
     next: Option<Target>,
+    counter: Option<(Place, LinkAddr)>,
     resolve: &dyn Fn(LinkAddr) -> Target,
     escapes: &mut Vec<LinkAddr>,
 ) -> Piece {
@@ -435,6 +501,9 @@ fn piece(
     while decoder.can_decode() {
         let instruction = decoder.decode();
         let is_last = instruction.ip() == block.last.0;
+        if let Some((place, counter)) = counter.filter(|(place, _)| place.at.0 == instruction.ip()) {
+            raise(place.how, counter, &mut body, &mut fixes);
+        }
         let fall = resolve(block.end);
         match block.terminator {
             Terminator::Jump { target } if is_last => {

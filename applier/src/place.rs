@@ -48,10 +48,10 @@ impl AddressSpace {
         !self.mapped.iter().any(|m| m.start < range.end && range.start < m.end)
     }
 
-    /// Holes for a cache of `size` bytes (a multiple of [`HUGE`]) for the module that occupies `module`, best first,
+    /// Holes for a cache of `size` bytes (a multiple of [`HUGE`]) with `behind` more bytes behind it, for the module that occupies `module`, best first,
     /// at most `most` of them.
     #[must_use]
-    pub fn holes(&self, module: &Range<u64>, size: u64, most: usize) -> Vec<RunAddr> {
+    pub fn holes(&self, module: &Range<u64>, size: u64, behind: u64, most: usize) -> Vec<RunAddr> {
         let reach = (module.end.saturating_sub(REACH)).max(LOWEST)..module.start.saturating_add(REACH);
         let mut below = Vec::new();
         let mut above = Vec::new();
@@ -63,7 +63,7 @@ impl AddressSpace {
             previous = next.map_or(previous, |n| n.end.max(previous));
             let low = hole.start.max(reach.start).next_multiple_of(HUGE);
             let high = hole.end.min(reach.end) & !(HUGE - 1);
-            let Some(top) = high.checked_sub(size).filter(|&top| top >= low) else { continue };
+            let Some(top) = high.checked_sub(size + behind.next_multiple_of(HUGE)).filter(|&top| top >= low) else { continue };
             // The heap grows up into the hole above it.
             let above_heap = self.heap.is_some_and(|heap| heap < low && heap >= module.start);
             if hole.end <= module.start {
@@ -92,15 +92,15 @@ mod tests {
             Some(0x5555_5580_0000),
             None,
         );
-        let holes = s.holes(&(0x5555_5555_4000..0x5555_5575_4000), HUGE, 9);
+        let holes = s.holes(&(0x5555_5555_4000..0x5555_5575_4000), HUGE, 0, 9);
         assert_eq!(holes, [RunAddr(0x5555_5520_0000)]);
     }
 
     #[test]
     fn below_a_position_dependent_program() {
         let s = space(&[(0x40_0000, 0xa0_0000), (0xb0_0000, 0xc0_0000)], Some(0xb0_0000), None);
-        assert_eq!(s.holes(&(0x40_0000..0xa0_0000), HUGE, 9), [RunAddr(0x20_0000)]);
-        assert_eq!(s.holes(&(0x40_0000..0xa0_0000), 2 * HUGE, 9), [], "there is no other");
+        assert_eq!(s.holes(&(0x40_0000..0xa0_0000), HUGE, 0, 9), [RunAddr(0x20_0000)]);
+        assert_eq!(s.holes(&(0x40_0000..0xa0_0000), 2 * HUGE, 0, 9), [], "there is no other");
     }
 
     #[test]
@@ -111,7 +111,7 @@ mod tests {
             None,
             Some(stack),
         );
-        let holes = s.holes(&(0x7fff_e000_0000..0x7fff_e020_0000), HUGE, 9);
+        let holes = s.holes(&(0x7fff_e000_0000..0x7fff_e020_0000), HUGE, 0, 9);
         assert_eq!(holes[0], RunAddr(0x7fff_dfe0_0000));
         assert_eq!(holes[1], RunAddr(0x7fff_e020_0000));
     }

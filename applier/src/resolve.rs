@@ -42,7 +42,8 @@ impl<'a> Cache<'a> {
         let ledger = &self.entry.ledger;
         let bytes = self.entry.original_bytes(self.memory, block.original, block.size as usize)?;
         let original = OneBlock { at: block.original, bytes };
-        let pairs = pairs(&self.code, ledger.cache_link(), &self.blocks, block, &original).ok()?;
+        let counters = ledger.counter_range();
+        let pairs = pairs(&self.code, ledger.cache_link(), &self.blocks, block, &counters, &original).ok()?;
         let run = |p: &crate::check::Pair| (RunAddr(ledger.cache + p.copy.0), p.original.run(ledger.bias));
         Some(pairs.iter().map(run).collect())
     }

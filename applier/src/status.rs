@@ -13,6 +13,8 @@ pub enum State {
     Dynimized,
     /// No patch is in force.
     Undynimized,
+    /// The patches in force lead into copies that count.
+    Profiling,
     /// Some are: an apply or undo did not come to its end.
     PartlyDynimized,
 }
@@ -24,6 +26,7 @@ impl State {
         match self {
             Self::Dynimized => "dynimized",
             Self::Undynimized => "undynimized",
+            Self::Profiling => "profiling",
             Self::PartlyDynimized => "partly dynimized",
         }
     }
@@ -91,6 +94,8 @@ pub fn status(pid: i32) -> Result<Status, ApplyError> {
         State::PartlyDynimized
     } else if any(State::Dynimized) {
         State::Dynimized
+    } else if any(State::Profiling) {
+        State::Profiling
     } else {
         State::Undynimized
     };
@@ -102,6 +107,7 @@ fn of_entry(entry: &Entry, memory: &Memory) -> ModuleStatus {
     let in_force = entry.in_force(memory);
     let state = match in_force {
         0 => State::Undynimized,
+        _ if ledger.counters != 0 => State::Profiling,
         n if n as u64 == journal.applied => State::Dynimized,
         _ => State::PartlyDynimized,
     };

@@ -108,6 +108,12 @@ fn forget_unused(pid: i32, memory: &Memory, entries: &mut Vec<Entry>) {
                 return true;
             }
         }
+        let (at, size) = (entry.ledger.counters, entry.ledger.counters_size());
+        let counters = maps::mappings(pid)
+            .is_ok_and(|maps| maps.iter().any(|m| m.range == (at..at + size) && m.shared && m.writable));
+        if at != 0 && counters && caller.call("munmap", libc::SYS_munmap, [at, size, 0, 0, 0, 0]).is_err() {
+            return true;
+        }
         unmap_ledger(memory, &caller, entry);
         false
     });

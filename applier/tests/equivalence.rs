@@ -247,6 +247,7 @@ fn plan(shape: &Shape, cfg: &Cfg) -> FunctionPlan {
         hot: shape.hot.min(blocks.len()) as u32,
         blocks,
         entries: Vec::new(),
+        probes: Vec::new(),
         weight: 1,
     }
 }
@@ -283,7 +284,7 @@ fn make(shape: &Shape) -> Case {
     let plan = plan(shape, &cfg);
     let cache = LinkAddr(arena.address(CACHE_AT));
     let bytes = Bytes(cfg.start, code.clone());
-    let (emission, refused) = lower(&[Source { cfg, plan: &plan, code }], cache, (ARENA - CACHE_AT) as u64);
+    let (emission, refused) = lower(&[Source { cfg, plan: &plan, code }], cache, (ARENA - CACHE_AT) as u64, cache);
     assert_eq!(refused, []);
     Case { arena, original, emission, cache, bytes }
 }

@@ -88,6 +88,7 @@ fn scrambled_plan(exe: &Path) -> Plan {
             hot: offsets.len().div_ceil(2) as u32,
             blocks: offsets,
             entries,
+            probes: Vec::new(),
             weight: 1,
         });
     }

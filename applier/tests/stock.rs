@@ -39,6 +39,7 @@ fn whole(path: &str) {
                 hot: blocks.len().div_ceil(2) as u32,
                 blocks,
                 entries: Vec::new(),
+                probes: Vec::new(),
                 weight: 1,
             }
         })
@@ -50,7 +51,7 @@ fn whole(path: &str) {
         .collect();
     let room = 256 << 20;
     let cache = image.base().offset(-room);
-    let (emission, refused) = lower(&sources, cache, room as u64);
+    let (emission, refused) = lower(&sources, cache, room as u64, cache.plus(room as u64));
     check(&emission, cache, &File(&image)).unwrap();
     println!(
         "{path}: {} functions, {} copied, {} not, {} blocks, {} bytes",

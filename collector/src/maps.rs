@@ -5,7 +5,8 @@
 //! memory (text on huge pages) still belong to it, and a library that is only read as data does not count.
 
 use crate::elf::{self, ElfFacts};
-use crate::target::{FileId, TargetError, not_permitted};
+pub use crate::target::FileId;
+use crate::target::{TargetError, not_permitted};
 use dyni_schema::{BuildId, LinkAddr, RunAddr};
 use std::collections::HashMap;
 use std::ffi::OsStr;

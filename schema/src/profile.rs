@@ -83,15 +83,16 @@ pub struct Branches {
     pub mispredicted: Vec<u64>,
 }
 
-/// Stretches of straight-line execution between two taken branches: every instruction from `start` to `end` (the
-/// address of the branch that ended it, inclusive) ran `count` times; sorted by (start, end), each pair once.
+/// Stretches of straight-line execution, sorted by (start, end), each pair once. From branch stacks: what lies between two
+/// taken branches; every instruction from `start` to `end` (the branch that ended it, inclusive) ran `count` times. From
+/// counters ([`Method::Count`]): blocks that were watched, from their first instruction to their last.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Archive, Serialize, Deserialize)]
 pub struct Ranges {
     /// The first instruction's address.
     pub start: Vec<u64>,
     /// The last instruction's address.
     pub end: Vec<u64>,
-    /// How often; not zero.
+    /// How often; zero for a block that was watched and never ran.
     pub count: Vec<u64>,
 }
 
@@ -117,9 +118,9 @@ pub struct ModuleProfile {
     pub path: String,
     /// Where the instruction pointer was.
     pub samples: Samples,
-    /// Taken branches (LBR) or counted edges ([`Method::Count`]).
+    /// Taken branches (LBR).
     pub branches: Branches,
-    /// Straight-line stretches (LBR).
+    /// Straight-line stretches (LBR) or counted blocks ([`Method::Count`]).
     pub ranges: Ranges,
     /// The functions in which anything was seen; empty until the analyzer has filled it in.
     pub functions: FunctionIndex,
@@ -209,7 +210,6 @@ impl ModuleProfile {
         check(r.end.len() == rows && r.count.len() == rows && rows <= MAX_ROWS, "range columns differ in length", n)?;
         check(strictly_rising(r.start.iter().zip(&r.end)), "ranges are not sorted", n)?;
         check(r.start.iter().zip(&r.end).all(|(s, e)| s <= e), "a range ends before it starts", n)?;
-        check(r.count.iter().all(|&c| c > 0), "a range count is zero", n)?;
         let f = &self.functions;
         let rows = f.start.len();
         check(

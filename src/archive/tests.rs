@@ -46,6 +46,7 @@ fn plan() -> Plan {
         blocks: vec![0, 0x20, 0x10],
         hot: 2,
         entries: vec![0x20],
+        probes: Vec::new(),
         weight: 50,
     };
     Plan {

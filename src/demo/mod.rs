@@ -10,17 +10,15 @@ mod report;
 
 use std::time::Duration;
 
-use dyni_collector::record::MethodChoice;
 use dyni_collector::{Group, Target};
 use dyni_schema::Method;
 
 use crate::analyze::for_program;
 use crate::apply::apply_group;
-use crate::cli::DemoArgs;
+use crate::cli::{DemoArgs, MethodArg};
 use crate::errors::Failure;
-use crate::modules;
 use crate::output::Output;
-use crate::record::record_group;
+use crate::record::profile_group;
 use crate::undo::undo_group;
 use measure::{Measured, Pair, text_is_original};
 use report::{DemoReport, Figures, Recorded};
@@ -46,11 +44,11 @@ pub fn run(args: &DemoArgs, out: Output) -> Result<(), Failure> {
     // A is the same program too; it stays as it is.
     let mut group = Group::alone(&target);
     let before = measured(&mut pair, "measuring both as they are", out)?;
-    let recording = record_group(&group, args.duration, MethodChoice::Auto, "demo", out).map_err(explained)?;
+    let (recording, binaries) =
+        profile_group(&mut group, args.duration, MethodArg::Auto, "demo", out).map_err(explained)?;
     if recording.profile.method == Method::Ptrace {
         out.note("only the weakest sampler works here: `dyni doctor` says what to change for better ones");
     }
-    let binaries = modules::of_profile(&recording.profile, Some(&target));
     let analyzed = for_program(&recording.profile, &binaries, out)?;
     let applied = apply_group(&analyzed.stored, &mut group, None, out).map_err(explained)?;
     let after = measured(&mut pair, "measuring both again", out)?;

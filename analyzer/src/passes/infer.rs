@@ -3,7 +3,7 @@
 //! Three kinds of evidence. *Samples* of the instruction pointer: a block's share is proportional to how often it ran
 //! times how long it takes, so its weight is samples per instruction, and the instruction count is also how strong the
 //! evidence is. *Branch stacks* (LBR): taken branches are edges, straight-line ranges are block counts and fall-through
-//! edges. *Exact counts*: edges, those that were not counted follow from conservation.
+//! edges. *Exact counts*: of some blocks; those that were not counted, and all edges, follow from conservation.
 
 use super::{FunctionLayout, Pass, PassStats};
 use crate::cfg::Terminator;
@@ -65,7 +65,24 @@ impl<'a> Evidence<'a> {
         self.profile
     }
 
-    /// Whether branches or exact counts are there, so that counts need not be guessed from time.
+    /// Whether the profile was counted.
+    #[must_use]
+    pub fn is_counted(&self) -> bool {
+        self.method == Method::Count
+    }
+
+    /// How often a block ran, if it was counted.
+    fn counted(&self, start: LinkAddr) -> Option<u64> {
+        self.starts.binary_search_by_key(&start.0, |s| s.0).ok().map(|i| self.starts[i].1)
+    }
+
+    /// Whether any block between two addresses, the second not included, was counted.
+    fn counts_any(&self, start: LinkAddr, end: LinkAddr) -> bool {
+        let i = self.starts.partition_point(|s| s.0 < start.0);
+        self.starts.get(i).is_some_and(|s| s.0 < end.0)
+    }
+
+    /// Whether taken branches are there, so that counts need not be guessed from time.
     #[must_use]
     pub fn has_branches(&self) -> bool {
         !self.profile.branches.from.is_empty()
@@ -129,9 +146,13 @@ pub fn run(layout: &mut FunctionLayout, evidence: &Evidence<'_>, full: bool) -> 
         }
     }
     let sampled: u64 = layout.samples.iter().fold(0, |sum, &s| sum.saturating_add(s));
-    let graph = if evidence.has_branches() {
-        layout.units_per_sample = u64::from(evidence.method != Method::Count);
+    // A function that was sampled and could not be instrumented has samples alone.
+    let graph = if evidence.method == Method::Count && evidence.counts_any(layout.cfg.start, layout.cfg.end) {
+        layout.units_per_sample = 0;
         counted_graph(layout, evidence)
+    } else if evidence.has_branches() {
+        layout.units_per_sample = 1;
+        branch_graph(layout, evidence)
     } else {
         layout.units_per_sample = UNITS_PER_SAMPLE;
         sampled_graph(layout)
@@ -200,9 +221,8 @@ fn sampled_graph(layout: &FunctionLayout) -> FlowGraph {
     graph
 }
 
-fn counted_graph(layout: &FunctionLayout, evidence: &Evidence<'_>) -> FlowGraph {
+fn branch_graph(layout: &FunctionLayout, evidence: &Evidence<'_>) -> FlowGraph {
     let mut graph = bare_graph(layout);
-    let exact = evidence.method == Method::Count;
     for (e, edge) in layout.edges.iter().zip(&mut graph.edges) {
         let (from, to) = (&layout.cfg.blocks[e.from as usize], &layout.cfg.blocks[e.to as usize]);
         let taken: u64 = evidence
@@ -210,7 +230,6 @@ fn counted_graph(layout: &FunctionLayout, evidence: &Evidence<'_>) -> FlowGraph 
             .filter(|b| b.1 == to.start)
             .fold(0, |sum, b| sum.saturating_add(b.2));
         edge.weight = match from.terminator {
-            _ if exact => Some(taken),
             // After a call that ends a block the range begins anew; the blocks themselves tell.
             Terminator::FallThrough => None,
             _ if e.fall_through => Some(taken.saturating_add(evidence.run_on(to.start))),
@@ -219,9 +238,7 @@ fn counted_graph(layout: &FunctionLayout, evidence: &Evidence<'_>) -> FlowGraph 
     }
     for (b, node) in graph.nodes.iter_mut().enumerate() {
         let block = &layout.cfg.blocks[b];
-        if !exact {
-            node.weight = Some(evidence.most_covered(block.start, block.last));
-        }
+        node.weight = Some(evidence.most_covered(block.start, block.last));
         if node.enters {
             let is_edge = |from: LinkAddr| {
                 let source = layout.cfg.block_holding(from);
@@ -231,25 +248,17 @@ fn counted_graph(layout: &FunctionLayout, evidence: &Evidence<'_>) -> FlowGraph 
             node.entered = Some(came.fold(0, |sum, (_, count)| sum.saturating_add(count)));
         }
     }
-    if exact && !balances(&graph) {
-        // Only the edges off a spanning tree were counted, and no row can mean zero or not counted. Conservation decides.
-        graph.edges.iter_mut().for_each(|e| e.weight = e.weight.filter(|&w| w > 0));
-        graph.nodes.iter_mut().for_each(|n| n.entered = n.entered.filter(|&w| w > 0));
-    }
     graph
 }
 
-/// Whether the known counts obey conservation where nothing enters or leaves.
-fn balances(graph: &FlowGraph) -> bool {
-    let mut balance = vec![0i128; graph.nodes.len()];
-    for e in &graph.edges {
-        balance[e.from as usize] -= i128::from(e.weight.unwrap_or(0));
-        balance[e.to as usize] += i128::from(e.weight.unwrap_or(0));
+/// Blocks that were counted are known, the others and all edges follow by conservation ([`crate::probes`]).
+fn counted_graph(layout: &FunctionLayout, evidence: &Evidence<'_>) -> FlowGraph {
+    let mut graph = bare_graph(layout);
+    for (node, block) in graph.nodes.iter_mut().zip(&layout.cfg.blocks) {
+        node.weight = evidence.counted(block.start);
+        node.strength = MAX_STRENGTH;
     }
-    graph.nodes.iter().zip(&balance).all(|(n, &b)| {
-        let b = b + i128::from(n.entered.unwrap_or(0));
-        b == 0 || (n.leaves && b > 0) || (n.enters && n.entered.is_none() && b < 0)
-    })
+    graph
 }
 
 #[cfg(test)]

@@ -48,14 +48,17 @@ fn branch_stacks_give_edges_and_fall_throughs() {
 }
 
 #[test]
-fn exact_counts_need_only_the_edges_off_a_spanning_tree() {
+fn exact_counts_need_only_the_blocks_off_a_spanning_tree() {
     let p = program();
-    let seen = branched(&p, Method::Count, &[(WORK + 2, WORK + 4, 1000), (WORK + 8, WORK + 6, 9000)], &[]);
+    let counted = [(WORK, WORK + 2, 1000), (WORK + 6, WORK + 8, 10_000), (WORK + 0x10, WORK + 0x12, 0)];
+    let seen = branched(&p, Method::Count, &[], &counted);
     let evidence = Evidence::new(&seen.modules[0], Method::Count);
     let function = *p.functions.starting_at(LinkAddr(WORK)).unwrap();
     let (layout, _) = lay_out(&module(&p), function, &evidence, PassSet::ALL).unwrap();
     assert_eq!(layout.flow.nodes, [1000, 1000, 10_000, 1000, 0]);
     assert_eq!(layout.hot, 4);
+    let analysis = plan_of(&p, &seen);
+    assert_eq!(analysis.plan.function_count(), 1, "a profile of counts alone names its functions by them");
 }
 
 #[test]

@@ -11,6 +11,7 @@
 //! A signal that comes before the call has begun makes the thread get its own registers back and the call be tried
 //! again. One that comes later is delivered where it comes: the thread runs ordinary code, on its own stack.
 
+use super::backtrace::{Frames, Stack, Walked};
 use super::stop::{Stragglers, come_to_rest};
 use super::trace::{Registers, Report, Tracee, thread_state, threads};
 use super::trampoline::home;
@@ -18,6 +19,7 @@ use super::{Memory, RemoteError, in_own_thread};
 use crate::failpoint;
 use dyni_collector::maps::{self, Mapping};
 use dyni_schema::RunAddr;
+use std::collections::HashMap;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::time::{Duration, Instant};
 
@@ -202,15 +204,23 @@ impl Places {
         Ok(Self { maps, library, restorers })
     }
 
-    /// Whether a function may be called by a thread that is stopped with these registers.
+    /// Whether a function may be called by a thread that is stopped with these registers, if it is in no signal handler:
+    /// that may have interrupted `malloc` before it came to wait.
     fn is_safe(&self, memory: &Memory, r: &Registers) -> bool {
         if (r.orig_rax as i64) < 0 || !self.library.iter().any(|l| l.contains(&r.rip)) {
             return false;
         }
-        let mut before = [0; 7];
-        if memory.read(RunAddr(r.rip.wrapping_sub(7)), &mut before).is_err() || before[5..] != [0x0f, 0x05] {
+        // Where our stop alone made the call fail, the thread is back at it ([`dyni_collector::interrupted`]).
+        let mut around = [0; 9];
+        if memory.read(RunAddr(r.rip.wrapping_sub(7)), &mut around).is_err() {
             return false;
         }
+        const SYSCALL: [u8; 2] = [0x0f, 0x05];
+        let before = match (&around[5..7] == SYSCALL, &around[7..] == SYSCALL && r.rax == r.orig_rax) {
+            (true, _) => &around[..5],
+            (false, true) => &around[2..7],
+            (false, false) => return false,
+        };
         // A wait that was restarted does not say which; the library's instruction before the call does.
         let number = match r.orig_rax as i64 {
             libc::SYS_restart_syscall if before[0] == 0xb8 => {
@@ -218,7 +228,7 @@ impl Places {
             }
             number => number,
         };
-        WAITS.contains(&number) && self.has_stack(r.rsp) && !self.in_handler(memory, r.rsp)
+        WAITS.contains(&number) && self.has_stack(r.rsp)
     }
 
     fn has_stack(&self, rsp: u64) -> bool {
@@ -228,10 +238,12 @@ impl Places {
         })
     }
 
-    /// Whether a signal frame, or the remains of one, is on the stack above `rsp`: a handler may have interrupted
-    /// `malloc` before it came to wait.
-    fn in_handler(&self, memory: &Memory, rsp: u64) -> bool {
-        words_above(&self.maps, memory, rsp).any(|word| self.restorers.contains(&word))
+    /// The stack of a thread that may be in a handler: a signal frame, or the remains of one, is on it. `None` if there is
+    /// none.
+    fn doubtful_stack(&self, memory: &Memory, registers: &Registers) -> Option<Stack> {
+        let words: Vec<u64> = words_above(&self.maps, memory, registers.rsp).collect();
+        let doubtful = words.iter().any(|word| self.restorers.contains(word));
+        doubtful.then_some(Stack { registers: *registers, words })
     }
 }
 
@@ -247,6 +259,8 @@ fn words_above(maps: &[Mapping], memory: &Memory, rsp: u64) -> impl Iterator<Ite
 /// What came of one thread.
 enum Try {
     Done(u64),
+    /// The thread waits at a good place; whether in a signal handler is to be found out, from its stack.
+    Doubt(Stack),
     /// Nothing was called; another thread, or this one later.
     Again,
 }
@@ -269,6 +283,8 @@ pub(crate) fn call(
 fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments: [u64; 2]) -> Result<u64, CallError> {
     let start = Instant::now();
     let places = Places::of(pid, memory)?;
+    let mut frames: Option<Frames> = None;
+    let mut walked: HashMap<i32, Walked> = HashMap::new();
     let mut stragglers = Stragglers::default();
     let mut rounds = 0;
     while start.elapsed() < SEARCH || rounds < ROUNDS {
@@ -276,8 +292,15 @@ fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments
         stragglers.settle();
         let waiting = threads(pid)?.into_iter().filter(|&tid| may_be_safe(pid, tid));
         for tid in waiting {
-            match try_on(pid, tid, memory, &places, room, function, arguments, &mut stragglers) {
+            let known = walked.get(&tid);
+            match try_on(pid, tid, memory, &places, known, room, function, arguments, &mut stragglers) {
                 Ok(Try::Done(result)) => return Ok(result),
+                Ok(Try::Doubt(stack)) => {
+                    let frames = frames.get_or_insert_with(|| Frames::of(pid));
+                    if let Some(clean) = frames.walk(&stack, &places.restorers) {
+                        walked.insert(tid, clean);
+                    }
+                }
                 Ok(Try::Again) => {}
                 Err(CallError::Remote(e)) if e.is_passing() || matches!(e, RemoteError::Died(_)) => {}
                 Err(e) => return Err(e),
@@ -304,6 +327,7 @@ fn try_on(
     tid: i32,
     memory: &Memory,
     places: &Places,
+    known: Option<&Walked>,
     room: Room,
     function: RunAddr,
     arguments: [u64; 2],
@@ -323,6 +347,11 @@ fn try_on(
     let registers = tracee.registers()?;
     if !places.is_safe(memory, &registers) {
         return Ok(Try::Again);
+    }
+    if let Some(stack) = places.doubtful_stack(memory, &registers)
+        && !known.is_some_and(|walked| walked.still_holds(&stack))
+    {
+        return Ok(Try::Doubt(stack));
     }
     let slots = (0..CODE_LEN / SLOT).map(|i| room.code.plus(i * SLOT));
     let is_free = |at: &RunAddr| memory.read_vec(*at, SLOT as usize).is_ok_and(|bytes| bytes.iter().all(|&b| b == 0));

@@ -9,6 +9,7 @@
 //!    first, then the signal, and the system call is tried again.
 //! 3. **The death of the target is a value** ([`RemoteError::Died`]), met at every step.
 
+mod backtrace;
 mod call;
 pub(crate) mod function;
 mod memory;

@@ -25,13 +25,16 @@ pub(crate) enum Report {
 
 /// A thread that the calling thread of dyni has seized (`PTRACE_SEIZE`). Dropping it lets it go as it is.
 ///
-/// The kernel lets go only of a thread that is stopped. One that did not stop in time is given to [`Stragglers`]; at the
-/// very last the kernel lets go of everything when the dyni thread ends ([`super::in_own_thread`]).
+/// We let go only of a thread whose stop has been reported to us. One that has not stopped yet may stop for a signal at any
+/// moment, and to detach from it then would take the signal from it: it is given to [`Stragglers`], and at the very last
+/// the kernel lets go of it, signal and all, when the dyni thread ends ([`super::in_own_thread`]).
 #[derive(Debug)]
 pub(crate) struct Tracee {
     pub pid: i32,
     pub tid: i32,
     attached: bool,
+    /// It is stopped and has said why; with the signal that it is about to receive, or 0.
+    stopped: Option<i32>,
 }
 
 fn ptrace(request: libc::c_uint, tid: i32, data: *mut c_void) -> Result<(), Errno> {
@@ -55,7 +58,7 @@ impl Tracee {
             options |= libc::PTRACE_O_SUSPEND_SECCOMP;
         }
         match ptrace(libc::PTRACE_SEIZE, tid, integer(options)) {
-            Ok(()) => Ok(Self { pid, tid, attached: true }),
+            Ok(()) => Ok(Self { pid, tid, attached: true, stopped: None }),
             Err(Errno::EPERM) => match status_field(tid, "TracerPid") {
                 // One that we asked to stop before and that has not come to it yet.
                 Some(tracer) if is_ours(tracer) => Err(RemoteError::Unstoppable { pid, tid }),
@@ -85,12 +88,14 @@ impl Tracee {
     }
 
     /// Lets it run on, with this signal delivered (0: none).
-    pub fn go_on(&self, signal: i32) -> Result<(), RemoteError> {
+    pub fn go_on(&mut self, signal: i32) -> Result<(), RemoteError> {
+        self.stopped = None;
         self.request("resuming a thread", libc::PTRACE_CONT, integer(signal))
     }
 
     /// Lets it run to the next entry or exit of a system call.
-    pub fn go_to_syscall(&self) -> Result<(), RemoteError> {
+    pub fn go_to_syscall(&mut self) -> Result<(), RemoteError> {
+        self.stopped = None;
         self.request("resuming a thread", libc::PTRACE_SYSCALL, integer(0))
     }
 
@@ -140,12 +145,16 @@ impl Tracee {
                 Ok(Some(Report::Gone))
             }
             Err(errno) => Err(RemoteError::from_errno(self.pid, "waiting for a thread", errno)),
-            Ok(_) if libc::WIFSTOPPED(status) => Ok(Some(match (status >> 16, libc::WSTOPSIG(status)) {
-                // The only event asked for is the stop itself (PTRACE_EVENT_STOP), group stops among them.
-                (1.., _) => Report::Stopped,
-                (_, signal) if signal == libc::SIGTRAP | 0x80 => Report::Syscall,
-                (_, signal) => Report::Signal(signal),
-            })),
+            Ok(_) if libc::WIFSTOPPED(status) => {
+                let report = match (status >> 16, libc::WSTOPSIG(status)) {
+                    // The only event asked for is the stop itself (PTRACE_EVENT_STOP), group stops among them.
+                    (1.., _) => Report::Stopped,
+                    (_, signal) if signal == libc::SIGTRAP | 0x80 => Report::Syscall,
+                    (_, signal) => Report::Signal(signal),
+                };
+                self.stopped = Some(if let Report::Signal(signal) = report { signal } else { 0 });
+                Ok(Some(report))
+            }
             Ok(_) => {
                 self.attached = false;
                 Ok(Some(Report::Gone))
@@ -154,9 +163,9 @@ impl Tracee {
     }
 
     fn release(&mut self) {
-        if std::mem::take(&mut self.attached) {
-            // The one failure is ESRCH: the thread is dead, or runs. See the type's comment.
-            let _ = ptrace(libc::PTRACE_DETACH, self.tid, integer(0));
+        if let (true, Some(signal)) = (std::mem::take(&mut self.attached), self.stopped) {
+            // The one failure is ESRCH: the thread is dead.
+            let _ = ptrace(libc::PTRACE_DETACH, self.tid, integer(signal));
         }
     }
 }

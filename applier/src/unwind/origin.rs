@@ -30,7 +30,7 @@ pub(super) fn of(
     function: &Function,
     out: &mut Vec<Origin>,
 ) -> Option<()> {
-    let pairs = pairs(&emission.code, cache, &emission.blocks, block, originals).ok()?;
+    let pairs = pairs(&emission.code, cache, &emission.blocks, block, &emission.counter_range(), originals).ok()?;
     let last = *pairs.last()?;
     let first = out.len();
     let after = block.original.plus(u64::from(block.size));
@@ -44,7 +44,7 @@ pub(super) fn of(
         }
     }
     let end = block.copy.0 + u64::from(block.copy_size);
-    let bytes = emission.code.get(usize::try_from(last.copy.0).ok()?..usize::try_from(end).ok()?)?;
+    let bytes = emission.code.get(usize::try_from(last.instruction.0).ok()?..usize::try_from(end).ok()?)?;
     if bytes.is_empty() {
         // The block's last instruction was a jump or a no-operation that the copy does without.
         out.pop();
@@ -53,7 +53,7 @@ pub(super) fn of(
     let instruction = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
     let is_branch =
         matches!(instruction.flow_control(), FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch);
-    let jump = last.copy.0 + instruction.len() as u64;
+    let jump = last.instruction.0 + instruction.len() as u64;
     if !is_branch && jump < end {
         // Behind a call that does not return, at the very end of a function, there is nothing to run on to.
         let original = if function.contains(after) { after } else { last.original };

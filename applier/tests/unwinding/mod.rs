@@ -65,6 +65,7 @@ impl Module {
                     hot: blocks.len().div_ceil(2) as u32,
                     blocks,
                     entries: Vec::new(),
+                    probes: Vec::new(),
                     weight: 1,
                 }
             })
@@ -74,7 +75,7 @@ impl Module {
             .zip(&plans)
             .map(|(cfg, plan)| Source { code: image.bytes(cfg.start, plan.size as usize).unwrap().to_vec(), cfg, plan })
             .collect();
-        let (emission, unlowered) = lower(&sources, cache, room);
+        let (emission, unlowered) = lower(&sources, cache, room, cache.plus(room));
         check(&emission, cache, &File(image)).unwrap();
         Lowered { emission, copied: sources.len() - unlowered.len(), refused }
     }

@@ -60,6 +60,7 @@ pub fn plan(program: &str, weight: u64) -> Plan {
         blocks: vec![0, 0x20, 0x10],
         hot: 2,
         entries: vec![0x20],
+        probes: Vec::new(),
         weight,
     };
     let module = |id: u8, name: &str| ModulePlan {

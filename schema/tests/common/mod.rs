@@ -108,7 +108,7 @@ fn function_plan() -> impl Strategy<Value = FunctionPlan> {
             let blocks: Vec<u32> = std::iter::once(0).chain(rest).collect();
             let mut entries: Vec<u32> = blocks.iter().zip(&chosen).filter(|c| *c.1).map(|c| *c.0).collect();
             entries.sort_unstable();
-            FunctionPlan { start: 0, size, hash, hot: hot.index(blocks.len()) as u32 + 1, blocks, entries, weight }
+            FunctionPlan { start: 0, size, hash, hot: hot.index(blocks.len()) as u32 + 1, blocks, entries, probes: Vec::new(), weight }
         },
     )
 }
@@ -203,6 +203,7 @@ pub fn golden_plan() -> Plan {
         blocks: vec![0, 0x40, 0x11, 0x80],
         hot: 3,
         entries: vec![0x11, 0x40],
+        probes: Vec::new(),
         weight,
     };
     Plan {

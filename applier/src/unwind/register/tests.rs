@@ -141,6 +141,7 @@ fn copy_all(pid: i32, exe: &Path, memory: &Memory) -> Copied {
                 hot: blocks.len().div_ceil(2) as u32,
                 blocks,
                 entries: Vec::new(),
+                probes: Vec::new(),
                 weight: 1,
             }
         })
@@ -153,10 +154,10 @@ fn copy_all(pid: i32, exe: &Path, memory: &Memory) -> Copied {
     let modules = maps::modules(pid).unwrap();
     let module = modules.iter().find(|m| m.build_id == *image.build_id()).unwrap();
     let unwinder = unwinder::find(pid, &modules).unwrap();
-    let hole = AddressSpace::of(&mapped).holes(&(module.span.start.0..module.span.end.0), 2 * ROOM, 1)[0];
+    let hole = AddressSpace::of(&mapped).holes(&(module.span.start.0..module.span.end.0), 2 * ROOM, 0, 1)[0];
     let section_at = hole.plus(ROOM);
     let (cache, at) = (hole.link(module.bias), section_at.link(module.bias));
-    let (emission, _) = lower(&sources, cache, ROOM - 2 * CODE_LEN);
+    let (emission, _) = lower(&sources, cache, ROOM - 2 * CODE_LEN, cache.plus(ROOM));
     check(&emission, cache, &File(&image)).unwrap();
     let section = unwind::build(&image, &functions, &emission, &File(&image), cache, at).unwrap();
     unwind::check(&image, &functions, &emission, &File(&image), &section, cache, at).unwrap();

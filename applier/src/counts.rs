@@ -1,0 +1,102 @@
+//! Reading the counters of a counting generation, from outside and while they count.
+
+use crate::error::ApplyError;
+use crate::ledger::{self, Entry};
+use crate::remote::Memory;
+use dyni_collector::maps::{self, FileId, Mapping};
+use dyni_schema::{BuildId, LinkAddr};
+use std::collections::{BTreeMap, HashMap};
+
+/// The counters of one mapping: those of a process, shared with the children that it has forked since.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters {
+    /// Which mapping: processes that share it show the same one.
+    mapping: FileId,
+    /// Which module is counted.
+    build_id: BuildId,
+    /// Each counted block: where it is, its length in bytes, and its count.
+    blocks: Vec<(LinkAddr, u32, u64)>,
+}
+
+/// The counters that process `pid` has mapped; none if it holds no counting generation.
+///
+/// # Errors
+/// The process is gone, or not ours to read.
+pub fn counters(pid: i32) -> Result<Vec<Counters>, ApplyError> {
+    let memory = Memory::open_read_only(pid)?;
+    let maps = maps::mappings(pid)?;
+    let (entries, _) = ledger::find(pid, &maps, &memory);
+    Ok(entries.iter().filter_map(|e| read(e, &maps, &memory)).collect())
+}
+
+fn read(entry: &Entry, maps: &[Mapping], memory: &Memory) -> Option<Counters> {
+    let ledger = &entry.ledger;
+    let range = ledger.counters..ledger.counters + ledger.counters_size();
+    let map = maps.iter().find(|m| ledger.counters != 0 && m.range == range && m.shared)?;
+    let bytes = memory.read_vec(dyni_schema::RunAddr(ledger.counters), ledger.counted.len() * 8).ok()?;
+    let values = bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes")));
+    let blocks = ledger.counted.iter().zip(values).filter_map(|(&at, count)| {
+        let block = ledger.block_original.binary_search(&at).ok()?;
+        Some((LinkAddr(at), ledger.block_size[block], count))
+    });
+    Some(Counters { mapping: map.file, build_id: ledger.build_id.clone(), blocks: blocks.collect() })
+}
+
+/// What was counted between two looks at the counters of some processes.
+#[derive(Debug, Default)]
+pub struct Tally {
+    before: HashMap<FileId, Vec<u64>>,
+    after: HashMap<FileId, Counters>,
+}
+
+impl Tally {
+    /// Takes the counters of a process as they are at the beginning.
+    pub fn begin(&mut self, counters: Vec<Counters>) {
+        for c in counters {
+            self.before.insert(c.mapping, c.blocks.iter().map(|b| b.2).collect());
+        }
+    }
+
+    /// Takes the counters of a process as they are now. Those that other processes have shown already count once.
+    pub fn end(&mut self, counters: Vec<Counters>) {
+        for c in counters {
+            self.after.insert(c.mapping, c);
+        }
+    }
+
+    /// By module: each counted block, its length in bytes, and how often it ran, by rising address.
+    #[must_use]
+    pub fn blocks(&self) -> BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>> {
+        let mut modules: BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>> = BTreeMap::new();
+        for (mapping, counters) in &self.after {
+            let before = self.before.get(mapping);
+            let module = modules.entry(counters.build_id.clone()).or_default();
+            for (i, &(at, size, count)) in counters.blocks.iter().enumerate() {
+                let began = before.and_then(|b| b.get(i)).copied().unwrap_or(0);
+                let sum = &mut module.entry(at).or_insert((size, 0)).1;
+                *sum = sum.saturating_add(count.saturating_sub(began));
+            }
+        }
+        modules
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_counters_count_once_and_from_the_beginning() {
+        let at = |inode, counts: &[u64]| Counters {
+            mapping: FileId { dev: (0, 1), inode },
+            build_id: BuildId(vec![7]),
+            blocks: counts.iter().enumerate().map(|(i, &n)| (LinkAddr(16 * i as u64), 9, n)).collect(),
+        };
+        let mut tally = Tally::default();
+        tally.begin(vec![at(1, &[5, 0])]);
+        tally.end(vec![at(1, &[15, 1])]);
+        tally.end(vec![at(1, &[16, 1]), at(2, &[100, 0])]);
+        let blocks = &tally.blocks()[&BuildId(vec![7])];
+        assert_eq!(blocks.values().copied().collect::<Vec<_>>(), [(9, 111), (9, 1)]);
+    }
+}
