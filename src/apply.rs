@@ -1,6 +1,6 @@
 //! `dyni apply`: a plan's code into every process of a program.
 
-use dyni_applier::{Applied, AppliedModule, Applier, ApplyError, Prepared, State};
+use dyni_applier::{Applied, AppliedModule, Applier, ApplyError, Choice, Prepared, State};
 use dyni_collector::{Group, Target, TargetError};
 use dyni_schema::Plan;
 use serde::Serialize;
@@ -113,15 +113,16 @@ pub fn apply_group(
     fuel: Option<usize>,
     out: Output,
 ) -> Result<ApplyReport, Failure> {
-    apply_group_with(&mut Applier::new(&stored.plan, fuel)?, stored, group, out)
+    apply_group_with(&mut Applier::new(&stored.plan, fuel)?, &Choice::All, stored, group, out)
 }
 
-/// The same with an applier that may have prepared the plan already.
+/// The same with an applier that may have prepared the plan already, and with some of the patches only.
 ///
 /// # Errors
 /// As [`apply_group`].
 pub fn apply_group_with(
     applier: &mut Applier<'_>,
+    choice: &Choice,
     stored: &StoredPlan,
     group: &mut Group,
     out: Output,
@@ -132,10 +133,13 @@ pub fn apply_group_with(
     for round in 0..ROUNDS {
         for member in &todo {
             progress.say(&format!("dynimizing {}, pid: {}", member.name, member.pid));
-            if round > 0 && dyni_applier::status(member.pid).is_ok_and(|s| s.state == State::Dynimized || s.state == State::Profiling) {
+            if round > 0
+                && dyni_applier::status(member.pid)
+                    .is_ok_and(|s| s.state == State::Dynimized || s.state == State::Profiling)
+            {
                 continue; // It inherited the patches.
             }
-            match patiently(applier, member.pid) {
+            match patiently(applier, member.pid, choice) {
                 Ok(applied) => report.processes.push(ProcessReport::new(&applied)),
                 Err(e) if (e.is_death() || !member.still_there()) && member.pid != group.root.pid => {}
                 Err(e) if e.is_refusal() && member.pid != group.root.pid => {
@@ -160,14 +164,14 @@ pub fn apply_group_with(
 
 /// Applies to one process. One that maps something in the very moment has changed since the code was placed: then all is
 /// placed anew.
-fn patiently(applier: &mut Applier<'_>, pid: i32) -> Result<Applied, ApplyError> {
+fn patiently(applier: &mut Applier<'_>, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
     for _ in 1..ATTEMPTS {
-        match applier.apply(pid) {
+        match applier.apply_chosen(pid, choice) {
             Err(ApplyError::Changed(_)) => {}
             done => return done,
         }
     }
-    applier.apply(pid)
+    applier.apply_chosen(pid, choice)
 }
 
 /// The members that are new since the group was last looked at.

@@ -4,7 +4,7 @@
 
 use dyni_analyzer::counting::counting_plan;
 use dyni_analyzer::plan::{Module, Options};
-use dyni_applier::{Applier, Tally, counters};
+use dyni_applier::{Applier, Choice, Tally, counters};
 use dyni_collector::Group;
 
 use dyni_schema::envelope::{BlobId, seal};
@@ -50,35 +50,36 @@ pub fn count_group(
 ) -> Result<(), Failure> {
     let stored = plan(profile, binaries)?;
     let mut applier = Applier::new(&stored.plan, None)?;
-    let mut tally = Tally::default();
-    for member in &group.members {
-        tally.begin(counters(member.pid).unwrap_or_default());
-    }
     let part = duration / SHARE / BURSTS;
     let interruptible = Interruptible::new();
+    // First which of the functions run at all, by patches at their entries alone: then the others can be left out, and those
+    // get patches wherever execution may come back from an indirect jump, so that no count is missing.
+    let mut choice = Choice::Entries;
+    let mut tally = Tally::default();
+    group.members.iter().for_each(|m| tally.begin(counters(m.pid).unwrap_or_default()));
     for burst in 0..BURSTS {
         let begin = Instant::now();
         group.refresh()?;
-        let applied = apply_group_with(&mut applier, &stored, group, out)?;
-        if burst == 0 {
-            out.detail(&summary(&applied));
-            eprintln!("DBG {}", serde_json::to_string(&applied.processes).unwrap());
-        }
-        let applied = Instant::now();
-        while applied.elapsed() < part / DUTY && !interruptible.asked() {
+        let applied = apply_group_with(&mut applier, &choice, &stored, group, out)?;
+        out.detail(&summary(&applied));
+        let in_force = Instant::now();
+        while in_force.elapsed() < part / DUTY && !interruptible.asked() {
             std::thread::sleep(LOOK.min(part / DUTY));
         }
         // Those that were born meanwhile count too.
         let refreshed = group.refresh();
         for member in root_first(group) {
-            let c = counters(member.pid).unwrap_or_default();
-            eprintln!("DBG {} {}", member.pid, c.iter().map(|c| format!("{c:?}").len()).sum::<usize>());
-            tally.end(c);
+            tally.end(counters(member.pid).unwrap_or_default());
         }
         undo_group(group)?;
         refreshed?;
         if interruptible.asked() {
             break;
+        }
+        if burst == 0 {
+            choice = Choice::FunctionsWith(tally.ran());
+            tally = Tally::default();
+            root_first(group).iter().for_each(|m| tally.begin(counters(m.pid).unwrap_or_default()));
         }
         std::thread::sleep(part.saturating_sub(begin.elapsed()));
     }
@@ -88,11 +89,8 @@ pub fn count_group(
 fn plan(profile: &Profile, binaries: &[Binary]) -> Result<StoredPlan, Failure> {
     let cant = |e: &dyn std::fmt::Display| Failure::failed("decide what to count", e);
     let sealed = seal(profile).map_err(|e| cant(&e))?;
-    let options = Options {
-        unwind_registered: UNWIND_REGISTERED,
-        profile_hash: BlobId::of(&sealed).0,
-        ..Options::default()
-    };
+    let options =
+        Options { unwind_registered: UNWIND_REGISTERED, profile_hash: BlobId::of(&sealed).0, ..Options::default() };
     let modules: Vec<Module<'_>> = binaries.iter().map(Binary::module).collect();
     let plan = counting_plan(profile, &modules, &options).map_err(|e| cant(&e))?;
     if plan.function_count() == 0 {
@@ -111,10 +109,7 @@ fn summary(applied: &ApplyReport) -> String {
 }
 
 /// Puts the counts into the profile.
-fn add(
-    profile: &mut Profile,
-    counted: &BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>>,
-) -> Result<(), Failure> {
+fn add(profile: &mut Profile, counted: &BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>>) -> Result<(), Failure> {
     if !counted.values().flat_map(|blocks| blocks.values()).any(|&(_, count)| count > 0) {
         return Err(Failure::failed("count", "nothing ran in the copies that count"));
     }

@@ -1,7 +1,7 @@
 //! The `dyni` command.
 //!
 //! One file per subcommand; the work itself is done by the libraries, imports point down to them. A subcommand is a
-//! function from its arguments to a printed [`Report`](output::Report) or a [`Failure`](errors::Failure), so that what is
+//! function from its arguments to a printed [`Report`](output::Report) or a [`Failure`], so that what is
 //! printed, and with which exit status the command ends, is decided in one place.
 
 mod analyze;

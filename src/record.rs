@@ -1,8 +1,8 @@
 //! `dyni record`: where a program's time goes, kept as a profile.
 
+use dyni_applier::State;
 use dyni_collector::record::{MethodChoice, Progress, RecordOptions, Recording, StopReason};
 use dyni_collector::{Group, record};
-use dyni_applier::State;
 use dyni_schema::profile::MAX_STRING;
 use dyni_schema::{Method, Profile};
 use serde::Serialize;
@@ -122,7 +122,8 @@ pub fn profile_group(
             Err(e) => {
                 let note = &mut recording.profile.method_note;
                 note.push_str(&format!("{}count: {e}", if note.is_empty() { "" } else { "; " }));
-                note.truncate(note.floor_char_boundary(MAX_STRING));
+                let fits = (0..=MAX_STRING).rev().find(|&i| note.is_char_boundary(i));
+                note.truncate(fits.unwrap_or(0));
             }
         }
     }

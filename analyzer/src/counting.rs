@@ -63,7 +63,7 @@ fn count_module(module: &Module<'_>, seen: &ModuleProfile, profile: &Profile, op
         let mut layout = FunctionLayout::new(module.image, function, graph);
         layout.weight = weight;
         infer::run(&mut layout, &evidence, true);
-        entries::run(&mut layout);
+        layout.entries = entries::all(&layout);
         (!layout.entry_stays()).then_some(layout)
     };
     let mut met: BTreeSet<u32> = BTreeSet::new();

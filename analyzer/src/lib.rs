@@ -4,8 +4,8 @@
 pub mod cdsort;
 pub mod cfg;
 mod chains;
-pub mod explain;
 pub mod counting;
+pub mod explain;
 pub mod exttsp;
 pub mod functions;
 pub mod image;

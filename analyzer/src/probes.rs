@@ -189,7 +189,13 @@ fn depths(cfg: &Cfg) -> Vec<u32> {
         }
     }
     let mut now = 0;
-    change[..n].iter().map(|c| { now += c; u32::try_from(now).unwrap_or(0) }).collect()
+    change[..n]
+        .iter()
+        .map(|c| {
+            now += c;
+            u32::try_from(now).unwrap_or(0)
+        })
+        .collect()
 }
 
 /// Disjoint sets.

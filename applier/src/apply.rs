@@ -2,7 +2,7 @@
 
 use crate::error::ApplyError;
 use crate::generation::{Generation, Library, prepare};
-use crate::install::{Applied, install};
+use crate::install::{Applied, Choice, install};
 use crate::status::{State, status};
 use dyni_schema::Plan;
 use dyni_schema::envelope::{content_id, seal};
@@ -83,12 +83,20 @@ impl<'p> Applier<'p> {
     /// # Errors
     /// Why it can't be done; the process is then as it was.
     pub fn apply(&mut self, pid: i32) -> Result<Applied, ApplyError> {
+        self.apply_chosen(pid, &Choice::All)
+    }
+
+    /// The same with some of the patches only.
+    ///
+    /// # Errors
+    /// As [`Applier::apply`].
+    pub fn apply_chosen(&mut self, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
         let now = status(pid)?;
         if now.modules.iter().any(|m| m.state != State::Undynimized && m.plan != self.id) {
             return Err(ApplyError::OtherPlan(pid));
         }
         if self.told.usable && !self.left_untold.contains(&pid) {
-            match self.apply_variant(pid, true) {
+            match self.apply_variant(pid, true, choice) {
                 // Then without the functions for which that matters.
                 Err(ApplyError::UnwinderNotTold { .. }) => {
                     self.left_untold.insert(pid);
@@ -98,19 +106,19 @@ impl<'p> Applier<'p> {
                 done => return done,
             }
         }
-        self.apply_variant(pid, false)
+        self.apply_variant(pid, false, choice)
     }
 
-    fn apply_variant(&mut self, pid: i32, tell_unwinder: bool) -> Result<Applied, ApplyError> {
+    fn apply_variant(&mut self, pid: i32, tell_unwinder: bool, choice: &Choice) -> Result<Applied, ApplyError> {
         let variant = if tell_unwinder { &mut self.told } else { &mut self.untold };
         if !variant.generations.is_empty() {
-            match install(pid, &variant.generations) {
+            match install(pid, &variant.generations, choice) {
                 Ok(applied) if !applied.modules.is_empty() => return Ok(applied),
                 Ok(_) | Err(ApplyError::Changed(_)) => {}
                 Err(e) => return Err(e),
             }
         }
         variant.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
-        install(pid, &variant.generations)
+        install(pid, &variant.generations, choice)
     }
 }

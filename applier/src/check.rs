@@ -150,8 +150,16 @@ impl Raised {
                 // Shifts and rotations by zero change nothing, whatever the decoder says of others.
                 let arithmetic = matches!(
                     i.mnemonic(),
-                    Mnemonic::Cmp | Mnemonic::Test | Mnemonic::Add | Mnemonic::Sub | Mnemonic::And | Mnemonic::Or
-                        | Mnemonic::Xor | Mnemonic::Neg | Mnemonic::Adc | Mnemonic::Sbb
+                    Mnemonic::Cmp
+                        | Mnemonic::Test
+                        | Mnemonic::Add
+                        | Mnemonic::Sub
+                        | Mnemonic::And
+                        | Mnemonic::Or
+                        | Mnemonic::Xor
+                        | Mnemonic::Neg
+                        | Mnemonic::Adc
+                        | Mnemonic::Sbb
                 );
                 if arithmetic {
                     flags &= !i.rflags_modified();

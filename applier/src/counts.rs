@@ -5,7 +5,7 @@ use crate::ledger::{self, Entry};
 use crate::remote::Memory;
 use dyni_collector::maps::{self, FileId, Mapping};
 use dyni_schema::{BuildId, LinkAddr};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// The counters of one mapping: those of a process, shared with the children that it has forked since.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +62,14 @@ impl Tally {
         for c in counters {
             self.after.insert(c.mapping, c);
         }
+    }
+
+    /// By module: the counted blocks that ran.
+    #[must_use]
+    pub fn ran(&self) -> BTreeMap<BuildId, BTreeSet<LinkAddr>> {
+        let ran =
+            |blocks: BTreeMap<LinkAddr, (u32, u64)>| blocks.into_iter().filter(|b| b.1.1 > 0).map(|b| b.0).collect();
+        self.blocks().into_iter().map(|(module, blocks)| (module, ran(blocks))).collect()
     }
 
     /// By module: each counted block, its length in bytes, and how often it ran, by rising address.

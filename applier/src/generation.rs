@@ -236,7 +236,8 @@ fn place(
     let size = (bytes + tables + function::CODE_LEN).next_multiple_of(HUGE).min(MAX_CACHE);
     let again = known.iter().map(|&(at, size, _)| (at, size));
     // Less room than all of it is better than none: the hottest functions go in.
-    let fresh = (1..=size / HUGE).rev().map(|n| n * HUGE).find_map(|n| Some((*space.holes(&span, n, counters, 1).first()?, n)));
+    let fresh =
+        (1..=size / HUGE).rev().map(|n| n * HUGE).find_map(|n| Some((*space.holes(&span, n, counters, 1).first()?, n)));
     let mut made = None;
     for (at, size) in again.chain(fresh) {
         let cache = at.link(module.bias);

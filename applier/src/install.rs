@@ -22,8 +22,8 @@ use crate::unwind::register::{self, RegisterError};
 use crate::unwind::unwinder;
 use crate::{failpoint, huge, room, written};
 use dyni_collector::maps::{self, MappedModule, Mapping};
-use dyni_schema::{LinkAddr, RunAddr};
-use std::collections::BTreeSet;
+use dyni_schema::{BuildId, LinkAddr, RunAddr};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long it is tried to stop a process that has threads in uninterruptible waits.
@@ -66,6 +66,34 @@ pub struct Applied {
     pub moved: usize,
 }
 
+/// Which of a generation's patches are to be put in force.
+#[derive(Debug, Clone)]
+pub enum Choice {
+    /// All.
+    All,
+    /// Those at the entries of functions.
+    Entries,
+    /// All of the functions that hold any of these places, by module; none of the others.
+    FunctionsWith(BTreeMap<BuildId, BTreeSet<LinkAddr>>),
+}
+
+impl Choice {
+    /// Whether each patch of a ledger is chosen.
+    fn of(&self, ledger: &Ledger) -> Vec<bool> {
+        let function = |at: u64| ledger.functions.partition_point(|&f| f <= at).checked_sub(1);
+        let chosen = |&at: &u64| match self {
+            Self::All => true,
+            Self::Entries => ledger.functions.binary_search(&at).is_ok(),
+            Self::FunctionsWith(places) => function(at).is_some_and(|f| {
+                let range =
+                    LinkAddr(ledger.functions[f])..LinkAddr(ledger.functions[f] + u64::from(ledger.function_sizes[f]));
+                places.get(&ledger.build_id).is_some_and(|places| places.range(range).next().is_some())
+            }),
+        };
+        ledger.patches.iter().map(chosen).collect()
+    }
+}
+
 /// A generation in the process at hand.
 struct Site<'a> {
     generation: &'a Generation,
@@ -78,11 +106,11 @@ struct Site<'a> {
 /// # Errors
 /// [`ApplyError::Changed`] if the process is not as the generations were prepared for (its text differs, or the place
 /// for a cache is taken): prepare them for this process and try again. Otherwise why it can't be done.
-pub(crate) fn install(pid: i32, generations: &[Generation]) -> Result<Applied, ApplyError> {
-    in_own_thread(|| install_here(pid, generations))
+pub(crate) fn install(pid: i32, generations: &[Generation], choice: &Choice) -> Result<Applied, ApplyError> {
+    in_own_thread(|| install_here(pid, generations, choice))
 }
 
-fn install_here(pid: i32, generations: &[Generation]) -> Result<Applied, ApplyError> {
+fn install_here(pid: i32, generations: &[Generation], choice: &Choice) -> Result<Applied, ApplyError> {
     let _lock = Lock::take(pid)?.ok_or(ApplyError::Locked(pid))?;
     failpoint::pass("apply:locked", pid);
     let memory = Memory::open(pid)?;
@@ -112,7 +140,8 @@ fn install_here(pid: i32, generations: &[Generation]) -> Result<Applied, ApplyEr
     let mut edits: Vec<(usize, Edit)> = Vec::new();
     let mut dropped = vec![0u32; sites.len()];
     for (index, site) in sites.iter().enumerate() {
-        for (at, from, to) in site.entry.ledger.patches() {
+        let chosen = choice.of(&site.entry.ledger);
+        for (at, from, to) in site.entry.ledger.patches().zip(&chosen).filter(|c| *c.1).map(|c| c.0) {
             // Copies of an earlier generation may still run, and escape to the middle of this patch.
             if old_escapes.range(at.plus(1)..at.plus(PATCH as u64)).next().is_some() {
                 dropped[index] += 1;

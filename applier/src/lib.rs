@@ -35,7 +35,7 @@ pub use apply::{Applier, Prepared};
 pub use counts::{Counters, Tally, counters};
 pub use error::ApplyError;
 pub use failpoint::FAILPOINTS;
-pub use install::{Applied, AppliedModule};
+pub use install::{Applied, AppliedModule, Choice};
 pub use resolve::Resolver;
 pub use status::{ModuleStatus, State, Status, status};
 pub use undo::{Undone, undo};

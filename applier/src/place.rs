@@ -63,7 +63,9 @@ impl AddressSpace {
             previous = next.map_or(previous, |n| n.end.max(previous));
             let low = hole.start.max(reach.start).next_multiple_of(HUGE);
             let high = hole.end.min(reach.end) & !(HUGE - 1);
-            let Some(top) = high.checked_sub(size + behind.next_multiple_of(HUGE)).filter(|&top| top >= low) else { continue };
+            let Some(top) = high.checked_sub(size + behind.next_multiple_of(HUGE)).filter(|&top| top >= low) else {
+                continue;
+            };
             // The heap grows up into the hole above it.
             let above_heap = self.heap.is_some_and(|heap| heap < low && heap >= module.start);
             if hole.end <= module.start {

@@ -212,7 +212,7 @@ mod thrown {
         let mine: Vec<_> = maps.iter().filter(|m| m.path == path).collect();
         let span = mine[0].range.start..mine.last().unwrap().range.end;
         let bias = span.start.wrapping_sub(module.image.base().0);
-        let hole = AddressSpace::of(&maps).holes(&span, 2 * ROOM, 1)[0];
+        let hole = AddressSpace::of(&maps).holes(&span, 2 * ROOM, 0, 1)[0];
         let (cache, at) = (hole.link(bias), hole.plus(ROOM).link(bias));
         let lowered = module.lower(cache, ROOM);
         assert_eq!(lowered.refused, []);

@@ -7,7 +7,7 @@
 //! - [`archive`]: [`Archive`], put and get, list, remove
 //! - [`entry`]: what is known of a record without opening it
 //! - [`gc`]: what to throw away
-//! - [`merge`]: several recordings of a program as one
+//! - [`mod@merge`]: several recordings of a program as one
 //! - [`path`]: where the archive lies
 //! - [`error`]: everything that can go wrong, with what to do about it
 //!

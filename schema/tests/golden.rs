@@ -32,5 +32,5 @@ fn profile_version_1() {
 #[test]
 fn plan_version_1() {
     assert_eq!(<dyni_schema::Plan as Record>::VERSION, 1);
-    check("plan-v1.dyni", &common::golden_plan(), "7f62207ca641");
+    check("plan-v1.dyni", &common::golden_plan(), "a6eb9b3a3232");
 }

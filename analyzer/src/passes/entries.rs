@@ -9,15 +9,8 @@ use crate::cfg::Terminator;
 
 /// Fills `layout.entries`.
 pub fn run(layout: &mut FunctionLayout) -> PassStats {
-    let n = layout.cfg.blocks.len();
     let headers = loop_headers(layout);
-    let mut targets = vec![false; n];
-    for (b, block) in layout.cfg.blocks.iter().enumerate() {
-        targets[b] |= block.address_taken;
-        if matches!(block.terminator, Terminator::Indirect { .. }) {
-            block.successors.iter().for_each(|&to| targets[to as usize] = true);
-        }
-    }
+    let targets = indirect_targets(layout);
     let mut copied = layout.order[..layout.hot].to_vec();
     copied.sort_unstable();
     let ran = |b: &u32| *b != 0 && layout.flow.nodes[*b as usize] > 0;
@@ -33,6 +26,25 @@ pub fn run(layout: &mut FunctionLayout) -> PassStats {
             ("", 0),
         ],
     }
+}
+
+/// The copied blocks besides the entry by which execution may come back to a copy, or get into it while it is in the
+/// middle of the function, whether they ran or not; ascending.
+#[must_use]
+pub fn all(layout: &FunctionLayout) -> Vec<u32> {
+    let (headers, targets) = (loop_headers(layout), indirect_targets(layout));
+    let mut wanted: Vec<u32> = layout.order.iter().copied().filter(|&b| b != 0).collect();
+    wanted.retain(|&b| headers[b as usize] || targets[b as usize]);
+    wanted.sort_unstable();
+    wanted
+}
+
+fn indirect_targets(layout: &FunctionLayout) -> Vec<bool> {
+    let mut targets: Vec<bool> = layout.cfg.blocks.iter().map(|b| b.address_taken).collect();
+    for block in layout.cfg.blocks.iter().filter(|b| matches!(b.terminator, Terminator::Indirect { .. })) {
+        block.successors.iter().for_each(|&to| targets[to as usize] = true);
+    }
+    targets
 }
 
 /// Blocks that a depth-first walk finds an edge back to: in a reducible graph exactly the loop headers, in any graph at

@@ -47,7 +47,9 @@ impl Walked {
     pub fn still_holds(&self, now: &Stack) -> bool {
         let r = &now.registers;
         // A call that was interrupted and starts again is at its instruction or behind it.
-        r.rsp == self.rsp && r.rip.abs_diff(self.rip) <= 2 && self.returns.iter().all(|&(at, to)| now.word(at) == Some(to))
+        r.rsp == self.rsp
+            && r.rip.abs_diff(self.rip) <= 2
+            && self.returns.iter().all(|&(at, to)| now.word(at) == Some(to))
     }
 }
 
@@ -69,7 +71,8 @@ impl Frames {
     pub fn walk(&mut self, stack: &Stack, restorers: &[u64]) -> Option<Walked> {
         let r = &stack.registers;
         let mut regs = [
-            r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
+            r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14,
+            r.r15,
         ];
         let mut walked = Walked { rip: r.rip, rsp: r.rsp, returns: Vec::new() };
         let mut at = r.rip;

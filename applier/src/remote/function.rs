@@ -19,8 +19,8 @@ use super::{Memory, RemoteError, in_own_thread};
 use crate::failpoint;
 use dyni_collector::maps::{self, Mapping};
 use dyni_schema::RunAddr;
-use std::collections::HashMap;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// The length of a trampoline in bytes, and the distance from one to the next.
@@ -35,6 +35,8 @@ const STATE: u64 = 64;
 /// How long a thread at a safe point is looked for, and how often at least, on a machine that is busy with other things.
 const SEARCH: Duration = Duration::from_secs(2);
 const ROUNDS: u32 = 50;
+/// After so many looks in a row at which every thread waits inside a signal handler, that is where the program lives.
+const HOPELESS: u32 = 10;
 /// How long the function may take. Nobody waits for it but dyni.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How much stack a function and the handlers of signals meanwhile may need, in bytes.
@@ -216,7 +218,7 @@ impl Places {
             return false;
         }
         const SYSCALL: [u8; 2] = [0x0f, 0x05];
-        let before = match (&around[5..7] == SYSCALL, &around[7..] == SYSCALL && r.rax == r.orig_rax) {
+        let before = match (around[5..7] == SYSCALL, around[7..] == SYSCALL && r.rax == r.orig_rax) {
             (true, _) => &around[..5],
             (false, true) => &around[2..7],
             (false, false) => return false,
@@ -260,7 +262,7 @@ fn words_above(maps: &[Mapping], memory: &Memory, rsp: u64) -> impl Iterator<Ite
 enum Try {
     Done(u64),
     /// The thread waits at a good place; whether in a signal handler is to be found out, from its stack.
-    Doubt(Stack),
+    Doubt(Box<Stack>),
     /// Nothing was called; another thread, or this one later.
     Again,
 }
@@ -286,19 +288,21 @@ fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments
     let mut frames: Option<Frames> = None;
     let mut walked: HashMap<i32, Walked> = HashMap::new();
     let mut stragglers = Stragglers::default();
-    let mut rounds = 0;
-    while start.elapsed() < SEARCH || rounds < ROUNDS {
+    let (mut rounds, mut hopeless) = (0, 0);
+    while (start.elapsed() < SEARCH || rounds < ROUNDS) && hopeless < HOPELESS {
         rounds += 1;
         stragglers.settle();
-        let waiting = threads(pid)?.into_iter().filter(|&tid| may_be_safe(pid, tid));
-        for tid in waiting {
+        let all = threads(pid)?;
+        let mut in_handlers = 0;
+        for tid in all.iter().copied().filter(|&tid| may_be_safe(pid, tid)) {
             let known = walked.get(&tid);
             match try_on(pid, tid, memory, &places, known, room, function, arguments, &mut stragglers) {
                 Ok(Try::Done(result)) => return Ok(result),
                 Ok(Try::Doubt(stack)) => {
                     let frames = frames.get_or_insert_with(|| Frames::of(pid));
-                    if let Some(clean) = frames.walk(&stack, &places.restorers) {
-                        walked.insert(tid, clean);
+                    match frames.walk(&stack, &places.restorers) {
+                        Some(clean) => drop(walked.insert(tid, clean)),
+                        None => in_handlers += 1,
                     }
                 }
                 Ok(Try::Again) => {}
@@ -306,6 +310,7 @@ fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments
                 Err(e) => return Err(e),
             }
         }
+        hopeless = if in_handlers == all.len() { hopeless + 1 } else { 0 };
         std::thread::sleep(Duration::from_millis(2));
     }
     if threads(pid)?.is_empty() { Err(RemoteError::Died(pid).into()) } else { Err(CallError::NoSafePoint(pid)) }
@@ -351,7 +356,7 @@ fn try_on(
     if let Some(stack) = places.doubtful_stack(memory, &registers)
         && !known.is_some_and(|walked| walked.still_holds(&stack))
     {
-        return Ok(Try::Doubt(stack));
+        return Ok(Try::Doubt(Box::new(stack)));
     }
     let slots = (0..CODE_LEN / SLOT).map(|i| room.code.plus(i * SLOT));
     let is_free = |at: &RunAddr| memory.read_vec(*at, SLOT as usize).is_ok_and(|bytes| bytes.iter().all(|&b| b == 0));

@@ -3,7 +3,7 @@
 //! Three rules hold in everything below, because dyni may be killed at any instruction of its own (invariant 2):
 //!
 //! 1. **A thread is never left in a state that needs dyni.** A system call in the target is made by code that puts every
-//!    register back by itself and jumps to where the thread was ([`trampoline`]). If dyni dies half-way, the kernel
+//!    register back by itself and jumps to where the thread was (`trampoline`). If dyni dies half-way, the kernel
 //!    detaches and the thread walks home alone.
 //! 2. **A signal is never held.** When one arrives while a thread is borrowed, the thread gets its own registers back
 //!    first, then the signal, and the system call is tried again.

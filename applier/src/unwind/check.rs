@@ -258,11 +258,8 @@ fn of_block(
     let after = block.original.plus(u64::from(block.size));
     let fault = |original, copy, what| UnwindMismatch { original, copy: CacheAddr(copy), what };
     let counters = emission.counter_range();
-    let pairs = pairs(&emission.code, cache, &emission.blocks, block, &counters, originals).map_err(|e| UnwindMismatch {
-        original: e.original,
-        copy: e.copy,
-        what: e.what,
-    })?;
+    let pairs = pairs(&emission.code, cache, &emission.blocks, block, &counters, originals)
+        .map_err(|e| UnwindMismatch { original: e.original, copy: e.copy, what: e.what })?;
     let code = emission.code.get(block.copy.0 as usize..end as usize);
     let code = code.ok_or_else(|| fault(block.original, block.copy.0, "the copy is cut off"))?;
     let mut decoder = Decoder::with_ip(64, code, block.copy.0, DecoderOptions::NONE);

@@ -1,7 +1,7 @@
 //! Telling a process's unwinder of copies, and taking that back.
 //!
 //! `__register_frame_info` is called in the process, by one of its own threads where it waits
-//! ([`crate::remote::function`]). The unwinder keeps a pointer to the section and to an object of the caller's, which it
+//! (`remote::function`). The unwinder keeps a pointer to the section and to an object of the caller's, which it
 //! writes to: both stay mapped for as long as the registration does, which is for ever once a thread may have been in a
 //! copy, as frames of copies stay on stacks.
 //!

@@ -108,7 +108,16 @@ fn function_plan() -> impl Strategy<Value = FunctionPlan> {
             let blocks: Vec<u32> = std::iter::once(0).chain(rest).collect();
             let mut entries: Vec<u32> = blocks.iter().zip(&chosen).filter(|c| *c.1).map(|c| *c.0).collect();
             entries.sort_unstable();
-            FunctionPlan { start: 0, size, hash, hot: hot.index(blocks.len()) as u32 + 1, blocks, entries, probes: Vec::new(), weight }
+            FunctionPlan {
+                start: 0,
+                size,
+                hash,
+                hot: hot.index(blocks.len()) as u32 + 1,
+                blocks,
+                entries,
+                probes: Vec::new(),
+                weight,
+            }
         },
     )
 }
