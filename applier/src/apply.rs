@@ -73,7 +73,8 @@ impl<'p> Applier<'p> {
     /// # Errors
     /// Why it can't be done.
     pub fn prepare(&mut self, pid: i32) -> Result<Vec<Prepared>, ApplyError> {
-        self.told.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true)?;
+        let made = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true);
+        self.told.generations = made.map_err(|e| e.or_death(pid))?;
         Ok(self.told.generations.iter().map(Generation::summary).collect())
     }
 
@@ -91,6 +92,10 @@ impl<'p> Applier<'p> {
     /// # Errors
     /// As [`Applier::apply`].
     pub fn apply_chosen(&mut self, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
+        self.apply_living(pid, choice).map_err(|e| e.or_death(pid))
+    }
+
+    fn apply_living(&mut self, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
         let now = status(pid)?;
         if now.modules.iter().any(|m| m.state != State::Undynimized && m.plan != self.id) {
             return Err(ApplyError::OtherPlan(pid));

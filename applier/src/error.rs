@@ -1,7 +1,7 @@
 //! What can go wrong when a process is changed, in words for people.
 
 use crate::check::Mismatch;
-use crate::remote::RemoteError;
+use crate::remote::{RemoteError, is_ending};
 use crate::unwind::UnwindMismatch;
 use dyni_collector::TargetError;
 use dyni_schema::envelope::SealError;
@@ -85,6 +85,12 @@ impl From<RemoteError> for ApplyError {
 }
 
 impl ApplyError {
+    /// This error, or the death of the process if that is what is behind it.
+    #[must_use]
+    pub(crate) fn or_death(self, pid: i32) -> Self {
+        if !matches!(self, Self::Target(_)) && is_ending(pid) { Self::Remote(RemoteError::Died(pid)) } else { self }
+    }
+
     /// Whether the process has ended.
     #[must_use]
     pub fn is_death(&self) -> bool {

@@ -35,7 +35,7 @@ pub struct Undone {
 /// # Errors
 /// The process is gone, not ours, or can't be stopped; it is then as it was, or, if it died half-way, gone.
 pub fn undo(pid: i32) -> Result<Undone, ApplyError> {
-    in_own_thread(|| undo_here(pid))
+    in_own_thread(|| undo_here(pid)).map_err(|e| e.or_death(pid))
 }
 
 fn undo_here(pid: i32) -> Result<Undone, ApplyError> {

@@ -20,6 +20,7 @@ pub(crate) mod trampoline;
 pub(crate) use call::Caller;
 pub use memory::Memory;
 pub use stop::{Stopped, StoppedThread};
+pub(crate) use trace::is_ending;
 
 use nix::errno::Errno;
 

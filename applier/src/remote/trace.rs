@@ -191,6 +191,16 @@ fn killed(tid: i32) -> bool {
     ["SigPnd:", "ShdPnd:"].iter().any(|n| pending(n).is_some_and(|m| m >> (libc::SIGKILL - 1) & 1 != 0))
 }
 
+/// Whether a process has ended or is about to: then whatever goes wrong with it is for that reason. One that is on its way
+/// out loses its memory first and is listed for some time yet.
+pub(crate) fn is_ending(pid: i32) -> bool {
+    let no_memory = || std::fs::read(format!("/proc/{pid}/maps")).is_ok_and(|maps| maps.is_empty());
+    threads(pid).is_ok_and(|t| t.is_empty())
+        || !std::path::Path::new("/proc").join(pid.to_string()).exists()
+        || killed(pid)
+        || no_memory()
+}
+
 /// Whether this is a thread of dyni's own process.
 fn is_ours(tracer: i32) -> bool {
     std::path::Path::new("/proc/self/task").join(tracer.to_string()).exists()
