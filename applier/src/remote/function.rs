@@ -33,7 +33,7 @@ const RESULT: u64 = 8;
 /// Where the vector state is saved; a multiple of 64.
 const STATE: u64 = 64;
 /// How long a thread at a safe point is looked for, and how often at least, on a machine that is busy with other things.
-const SEARCH: Duration = Duration::from_secs(2);
+const SEARCH: Duration = Duration::from_millis(500);
 const ROUNDS: u32 = 50;
 /// After so many looks in a row at which every thread waits inside a signal handler, that is where the program lives.
 const HOPELESS: u32 = 10;
