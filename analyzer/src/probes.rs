@@ -94,12 +94,14 @@ fn flags_are_dead(instructions: &[Instruction]) -> bool {
     false
 }
 
-/// Only what always sets all of them: a shift by zero, for one, leaves them as they are.
+/// Only what always sets all of what `inc` changes: a shift by zero, for one, leaves them as they are.
 fn sets_all_flags(i: &Instruction) -> bool {
     matches!(
         i.mnemonic(),
         Mnemonic::Cmp
             | Mnemonic::Test
+            | Mnemonic::Inc
+            | Mnemonic::Dec
             | Mnemonic::Add
             | Mnemonic::Sub
             | Mnemonic::And

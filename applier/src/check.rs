@@ -6,7 +6,8 @@
 //!
 //! - an instruction must have the same bytes, except that a RIP-relative displacement must denote the same address;
 //! - a `nop` of the original may be missing in the copy;
-//! - before an instruction the copy may raise a counter, if what that changes is dead there;
+//! - in a block that is counted, the copy raises that block's counter once, before an instruction at which what that
+//!   changes is dead;
 //! - where the original goes on at Z (a jump, either way of a branch, or the end of the block), the copy must go on at Z
 //!   itself, or at the copy of Z that the block map names, with at most direct jumps between;
 //! - a call must go to the same function, or to the copy of its entry.
@@ -17,14 +18,13 @@
 //! As every block of the map is proven and every edge ends in the map or in the original, the claim follows for whole
 //! executions by induction on their length. Like regalloc2's checker, this verifies each result, not the algorithm.
 
-use crate::lower::{COUNTER, CopiedBlock, Emission};
+use crate::lower::{CopiedBlock, CounterMap, Emission};
 use dyni_schema::{CacheAddr, LinkAddr};
 use iced_x86::{
     Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
     Register, RflagsBits,
 };
 use rayon::prelude::*;
-use std::ops::Range;
 
 /// Two places that mean the same: an instruction boundary of the original and one of the copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,8 +61,7 @@ struct Copies<'a> {
     code: &'a [u8],
     cache: LinkAddr,
     blocks: &'a [CopiedBlock],
-    /// Where counters are.
-    counters: &'a Range<LinkAddr>,
+    counters: &'a CounterMap,
 }
 
 impl Copies<'_> {
@@ -101,32 +100,32 @@ struct Raised {
 }
 
 impl Copies<'_> {
-    /// Whether the copy raises a counter at `at`: `inc [counter]`, or load, `lea r, [r + 1]`, store.
-    fn raises_counter(&self, at: u64) -> Option<Raised> {
-        let counter = |i: &Instruction| {
-            let address = LinkAddr(i.ip_rel_memory_address());
-            let is_one = i.is_ip_rel_memory_operand()
-                && self.counters.contains(&address)
-                && (address.0 - self.counters.start.0).is_multiple_of(COUNTER);
-            is_one.then_some(address)
-        };
-        let first = self.decode(at)?;
-        let address = counter(&first)?;
-        if first.code() == Code::Inc_rm64 && !first.has_lock_prefix() {
+    /// Whether the copy raises `counter` at `at`: `inc [counter]`, or load, `lea r, [r + 1]`, store.
+    fn raises(&self, counter: LinkAddr, at: u64) -> Option<Raised> {
+        let is_counter = |i: &Instruction| i.is_ip_rel_memory_operand() && i.ip_rel_memory_address() == counter.0;
+        let first = self.decode(at).filter(is_counter)?;
+        if self.begins(&first, &[0x48, 0xff, 0x05]) {
             return Some(Raised { register: None, next: first.next_ip() });
         }
-        let (second, third) = (self.decode(first.next_ip())?, self.decode(self.decode(first.next_ip())?.next_ip())?);
+        // Byte for byte, as decoders look past prefix bits that mean nothing here.
         let register = first.op0_register();
-        let adds = second.code() == Code::Lea_r64_m
-            && second.op0_register() == register
-            && second.memory_base() == register
-            && second.memory_index() == Register::None
-            && second.memory_displacement64() == 1;
-        let same = first.code() == Code::Mov_r64_rm64
-            && third.code() == Code::Mov_rm64_r64
-            && third.op1_register() == register
-            && counter(&third) == Some(address);
-        (adds && same).then_some(Raised { register: Some(register), next: third.next_ip() })
+        let number = register.is_gpr64().then(|| register.number() as u8)?;
+        let (high, low) = (number >> 3, number & 7);
+        let second = self.decode(first.next_ip())?;
+        let third = self.decode(second.next_ip()).filter(is_counter)?;
+        let same = self.begins(&first, &[0x48 | high << 2, 0x8b, low << 3 | 5])
+            && self.begins(&second, &[0x48 | high << 2 | high, 0x8d, 0x40 | low << 3 | low, 1])
+            && second.len() == 4
+            && self.begins(&third, &[0x48 | high << 2, 0x89, low << 3 | 5]);
+        same.then_some(Raised { register: Some(register), next: third.next_ip() })
+    }
+}
+
+impl Copies<'_> {
+    /// Whether an instruction of the copy begins with these bytes.
+    fn begins(&self, i: &Instruction, bytes: &[u8]) -> bool {
+        let offset = i.ip().wrapping_sub(self.cache.0) as usize;
+        self.code.get(offset..).is_some_and(|code| code.starts_with(bytes))
     }
 }
 
@@ -151,6 +150,8 @@ impl Raised {
                 let arithmetic = matches!(
                     i.mnemonic(),
                     Mnemonic::Cmp
+                        | Mnemonic::Inc
+                        | Mnemonic::Dec
                         | Mnemonic::Test
                         | Mnemonic::Add
                         | Mnemonic::Sub
@@ -199,7 +200,7 @@ fn is_counter_branch(i: &Instruction) -> bool {
 /// # Errors
 /// The first mismatch, by original address.
 pub fn check(emission: &Emission, cache: LinkAddr, originals: &dyn Originals) -> Result<(), Mismatch> {
-    let counters = &emission.counter_range();
+    let counters = &emission.counters;
     let copies = Copies { code: &emission.code, cache, blocks: &emission.blocks, counters };
     emission
         .blocks
@@ -219,16 +220,30 @@ pub fn pairs(
     cache: LinkAddr,
     blocks: &[CopiedBlock],
     block: &CopiedBlock,
-    counters: &Range<LinkAddr>,
+    counters: &CounterMap,
     originals: &dyn Originals,
 ) -> Result<Vec<Pair>, Mismatch> {
     walk(Copies { code, cache, blocks, counters }, block, originals)
 }
 
 fn walk(copies: Copies<'_>, block: &CopiedBlock, originals: &dyn Originals) -> Result<Vec<Pair>, Mismatch> {
+    let mut counter = copies.counters.of(block.original);
+    let pairs = walk_beside(copies, block, originals, &mut counter)?;
+    match counter {
+        None => Ok(pairs),
+        Some(_) => Err(Mismatch { original: block.original, copy: block.copy, what: "a counter is not raised" }),
+    }
+}
+
+/// Walks a block's original and copy side by side. `counter` is what the block has to raise, and is taken when it does.
+fn walk_beside(
+    copies: Copies<'_>,
+    block: &CopiedBlock,
+    originals: &dyn Originals,
+    counter: &mut Option<LinkAddr>,
+) -> Result<Vec<Pair>, Mismatch> {
     let end = block.original.0.wrapping_add(u64::from(block.size));
     let mut at = copies.cache.plus(block.copy.0).0;
-    let copy_end = at + u64::from(block.copy_size);
     let mut pairs = Vec::new();
     let fault = |original: u64, at: u64, what| Mismatch {
         original: LinkAddr(original),
@@ -246,12 +261,12 @@ fn walk(copies: Copies<'_>, block: &CopiedBlock, originals: &dyn Originals) -> R
         if o.is_invalid() {
             return wrong("the original is not an instruction");
         }
-        // Behind a block that was nothing but no-operations the next one begins, maybe with a counter of its own.
-        if let Some(raised) = (at < copy_end).then(|| copies.raises_counter(at)).flatten() {
+        if let Some(raised) = counter.and_then(|counter| copies.raises(counter, at)) {
             if !raised.is_harmless(&bytes[(o.ip() - block.original.0) as usize..]) {
                 return wrong("a counter is raised where what that changes is in use");
             }
             at = raised.next;
+            *counter = None;
         }
         let place = |at: u64| CacheAddr(at.wrapping_sub(copies.cache.0));
         pairs.push(Pair { original: LinkAddr(o.ip()), copy: place(here), instruction: place(at) });

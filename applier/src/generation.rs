@@ -400,12 +400,12 @@ fn jump(at: LinkAddr, to: LinkAddr) -> [u8; PATCH] {
 impl Generation {
     /// How many bytes of the address space it takes, counters included.
     fn span(&self) -> u64 {
-        self.cache_size + (self.emission.counters.len() as u64 * COUNTER).next_multiple_of(4096)
+        self.cache_size + (self.emission.counters.blocks.len() as u64 * COUNTER).next_multiple_of(4096)
     }
 
     /// The ledger of this generation for a process that has the module mapped as `module` says.
     pub fn ledger(&self, module: &MappedModule, borrowed_page: RunAddr) -> Ledger {
-        let counted: Vec<u64> = self.emission.counters.iter().map(|b| b.0).collect();
+        let counted: Vec<u64> = self.emission.counters.blocks.iter().map(|b| b.0).collect();
         let mut ledger = Ledger {
             plan: self.plan,
             program: self.program.clone(),
@@ -424,7 +424,7 @@ impl Generation {
             replacements: self.patches.iter().map(|p| p.2).collect(),
             escapes: self.emission.escapes.iter().map(|e| e.0).collect(),
             borrowed_pages: vec![borrowed_page.0],
-            counters: if counted.is_empty() { 0 } else { self.emission.counters_at.run(module.bias).0 },
+            counters: if counted.is_empty() { 0 } else { self.emission.counters.at.run(module.bias).0 },
             counted,
             unwind: self.unwind.map_or(0, |at| self.cache.plus(at.0).run(module.bias).0),
             refused: self.refused.clone(),

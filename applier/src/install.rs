@@ -391,8 +391,8 @@ impl Site<'_> {
         }
         let cache = self.generation.cache;
         let emission = &self.generation.emission;
-        let (code, counters) = (&emission.code, emission.counter_range());
-        let pairs = pairs(code, cache, blocks, block, &counters, &self.generation.originals).ok()?;
+        let (code, counters) = (&emission.code, &emission.counters);
+        let pairs = pairs(code, cache, blocks, block, counters, &self.generation.originals).ok()?;
         let pair = pairs.iter().find(|p| p.original == at)?;
         Some(cache.plus(pair.copy.0).run(self.bias))
     }

@@ -8,7 +8,7 @@
 //! A ledger is found by looking for its first bytes in the private, read-only, anonymous mappings of the process. It is
 //! as untrusted as any file: the process could have written it (invariant 9).
 
-use crate::lower::{COUNTER, CopiedBlock};
+use crate::lower::{COUNTER, CopiedBlock, CounterMap};
 use crate::remote::{Memory, RemoteError};
 use crate::unwind::register::{self, Place};
 use dyni_collector::maps::Mapping;
@@ -16,7 +16,6 @@ use dyni_schema::envelope::{self, Kind, OpenError, Record, SealError, decode, en
 use dyni_schema::{BuildId, CacheAddr, Invalid, LinkAddr, RunAddr};
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
-use std::ops::Range;
 
 /// The length in bytes of a patch: `jmp rel32`.
 pub const PATCH: usize = 5;
@@ -74,7 +73,7 @@ pub struct Ledger {
     pub block_copy_size: Vec<u32>,
     /// Where the counters are mapped that the copies raise: a run address; 0 if they do not count.
     pub counters: u64,
-    /// The blocks that are counted, one for each counter, in the counters' order.
+    /// The blocks that are counted, one for each counter, rising.
     pub counted: Vec<u64>,
     /// Where copies may jump to in the original, rising.
     pub escapes: Vec<u64>,
@@ -158,7 +157,8 @@ impl Record for Ledger {
         rule(self.hot_size <= self.code_size && self.code_size <= self.cache_size, "bad sizes")?;
         rule(self.cache_size <= 1 << 31 && self.cache.checked_add(self.cache_size).is_some(), "bad cache")?;
         let counters_end = self.counters.checked_add(self.counted.len() as u64 * COUNTER);
-        rule(counters_end.is_some() && self.counted.len() <= MAX_COUNTERS, "bad counters")?;
+        let counted = self.counted.len() <= MAX_COUNTERS && rising(&self.counted);
+        rule(counters_end.is_some() && counted, "bad counters")?;
         rule(rising(&self.escapes), "escapes are not sorted")
     }
 }
@@ -197,11 +197,11 @@ impl Ledger {
         RunAddr(self.cache).link(self.bias)
     }
 
-    /// The link addresses of its counters.
+    /// Its counters, as link addresses.
     #[must_use]
-    pub fn counter_range(&self) -> Range<LinkAddr> {
-        let start = RunAddr(self.counters).link(self.bias);
-        start..start.plus(self.counted.len() as u64 * COUNTER)
+    pub fn counter_map(&self) -> CounterMap {
+        let blocks = self.counted.iter().map(|&at| LinkAddr(at)).collect();
+        CounterMap { at: RunAddr(self.counters).link(self.bias), blocks }
     }
 
     /// How many bytes are mapped for its counters.

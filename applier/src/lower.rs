@@ -69,19 +69,28 @@ pub struct Emission {
     /// The places in original code to which copies may jump, rising, each once: nothing may be patched so that one of
     /// them lies inside a patch.
     pub escapes: Vec<LinkAddr>,
-    /// Where the counters lie, [`COUNTER`] bytes each, behind the cache.
-    pub counters_at: LinkAddr,
-    /// The block that each counter counts, in their order.
-    pub counters: Vec<LinkAddr>,
+    /// What is counted, and where.
+    pub counters: CounterMap,
+}
+
+/// The counters of a generation: [`COUNTER`] bytes each, behind the cache, in the order of the blocks that they count.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct CounterMap {
+    /// Where the first one lies.
+    pub at: LinkAddr,
+    /// The block that each counts, rising.
+    pub blocks: Vec<LinkAddr>,
+}
+
+impl CounterMap {
+    /// Where the counter of a block lies, if it has one.
+    #[must_use]
+    pub fn of(&self, block: LinkAddr) -> Option<LinkAddr> {
+        self.blocks.binary_search(&block).ok().map(|i| self.at.plus(i as u64 * COUNTER))
+    }
 }
 
 impl Emission {
-    /// The addresses of the counters.
-    #[must_use]
-    pub fn counter_range(&self) -> Range<LinkAddr> {
-        self.counters_at..self.counters_at.plus(self.counters.len() as u64 * COUNTER)
-    }
-
     /// The copied block that starts at this original address.
     #[must_use]
     pub fn block_at(&self, original: LinkAddr) -> Option<&CopiedBlock> {
@@ -226,7 +235,8 @@ fn in_reach(cache: LinkAddr, size: u64, address: LinkAddr) -> bool {
 }
 
 /// Lowers a module's functions into a cache at `cache` (its link address, fixed relative to the module) of at most
-/// `room` bytes, with counters, if the plan has probes, from `counters_at` on. Functions that can't be lowered are left out, with the index into `sources` and the reason; a branch to
+/// `room` bytes, with counters, if the plan has probes, from `counters_at` on. Functions that can't be lowered are left
+/// out, with the index into `sources` and the reason; a branch to
 /// one of them goes to its original.
 #[must_use]
 pub fn lower(
@@ -377,15 +387,13 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr, counters_at: LinkAddr) -> Emis
     for (id, &(f, b)) in parts.iter().flatten().enumerate() {
         ids.insert(sources[f].cfg.blocks[b].start, id as u32);
     }
-    let mut counters = Vec::new();
-    let mut raised = HashMap::new();
-    for source in sources {
-        for (block, place) in probe_places(source).expect("it was found admissible") {
-            let start = source.cfg.blocks[block].start;
-            raised.insert(start, (place, counters_at.plus(counters.len() as u64 * COUNTER)));
-            counters.push(start);
-        }
-    }
+    let places = sources.iter().flat_map(|s| {
+        let places = probe_places(s).expect("it was found admissible");
+        places.into_iter().map(|(block, place)| (s.cfg.blocks[block].start, place))
+    });
+    let places: HashMap<LinkAddr, Place> = places.collect();
+    let mut counters = CounterMap { at: counters_at, blocks: places.keys().copied().collect() };
+    counters.blocks.sort_unstable();
     let resolve = |address: LinkAddr| match ids.get(&address) {
         Some(&id) => Target::Block(id),
         None => Target::Original(address),
@@ -398,7 +406,7 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr, counters_at: LinkAddr) -> Emis
         for (position, &(f, b)) in part.iter().enumerate() {
             let next = part.get(position + 1).map(|_| Target::Block((first + position + 1) as u32));
             let block = &sources[f].cfg.blocks[b];
-            let counter = raised.get(&block.start).copied();
+            let counter = places.get(&block.start).copied().zip(counters.of(block.start));
             pieces.push(piece(sources[f], block, next, counter, &resolve, &mut escapes));
         }
         part_ranges.push(first..pieces.len());
@@ -455,7 +463,7 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr, counters_at: LinkAddr) -> Emis
     blocks.sort_unstable_by_key(|b| b.original);
     escapes.sort_unstable();
     escapes.dedup();
-    Emission { code, hot_size, blocks, escapes, counters_at, counters }
+    Emission { code, hot_size, blocks, escapes, counters }
 }
 
 /// Raises the counter at `counter`.

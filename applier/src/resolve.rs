@@ -6,7 +6,7 @@
 use crate::check::{Originals, pairs};
 use crate::error::ApplyError;
 use crate::ledger::{self, Entry};
-use crate::lower::CopiedBlock;
+use crate::lower::{CopiedBlock, CounterMap};
 use crate::remote::Memory;
 use dyni_collector::maps;
 use dyni_schema::{LinkAddr, RunAddr};
@@ -28,13 +28,14 @@ struct Cache<'a> {
     entry: &'a Entry,
     memory: &'a Memory,
     blocks: Vec<CopiedBlock>,
+    counters: CounterMap,
     code: Vec<u8>,
 }
 
 impl<'a> Cache<'a> {
     fn read(entry: &'a Entry, memory: &'a Memory) -> Option<Self> {
         let code = memory.read_vec(RunAddr(entry.ledger.cache), entry.ledger.code_size as usize).ok()?;
-        Some(Self { entry, memory, blocks: entry.ledger.blocks(), code })
+        Some(Self { entry, memory, blocks: entry.ledger.blocks(), counters: entry.ledger.counter_map(), code })
     }
 
     /// The places of one block that correspond, as run addresses (copy, original).
@@ -42,8 +43,7 @@ impl<'a> Cache<'a> {
         let ledger = &self.entry.ledger;
         let bytes = self.entry.original_bytes(self.memory, block.original, block.size as usize)?;
         let original = OneBlock { at: block.original, bytes };
-        let counters = ledger.counter_range();
-        let pairs = pairs(&self.code, ledger.cache_link(), &self.blocks, block, &counters, &original).ok()?;
+        let pairs = pairs(&self.code, ledger.cache_link(), &self.blocks, block, &self.counters, &original).ok()?;
         let run = |p: &crate::check::Pair| (RunAddr(ledger.cache + p.copy.0), p.original.run(ledger.bias));
         Some(pairs.iter().map(run).collect())
     }

@@ -1,6 +1,7 @@
 //! Generated functions, run as original and as copy on the same inputs, agree; and the checker catches every seeded fault.
 
 use dyni_analyzer::cfg::{Block, Cfg, Terminator};
+use dyni_analyzer::probes::place;
 use dyni_applier::check::{Originals, check};
 use dyni_applier::lower::{Emission, Source, lower};
 use dyni_schema::{FunctionHash, FunctionPlan, LinkAddr};
@@ -50,6 +51,8 @@ struct Shape {
     keys: Vec<u32>,
     left_out: Vec<bool>,
     hot: usize,
+    /// Whether the copy counts its blocks.
+    counts: bool,
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
@@ -67,12 +70,13 @@ fn shape() -> impl Strategy<Value = Shape> {
             prop::collection::vec(any::<u32>(), n),
             prop::collection::vec(prop::bool::weighted(0.15), n),
             1..=n,
+            any::<bool>(),
         )
-            .prop_map(|(blocks, keys, left_out, hot)| Shape { blocks, keys, left_out, hot })
+            .prop_map(|(blocks, keys, left_out, hot, counts)| Shape { blocks, keys, left_out, hot, counts })
     })
 }
 
-/// Executable memory: [constant, helpers, original … | cache].
+/// Executable memory: [constant, helpers, original … | cache … | counters].
 struct Arena {
     base: *mut u8,
     used: AtomicUsize,
@@ -80,6 +84,7 @@ struct Arena {
 
 const ARENA: usize = 1 << 20;
 const CACHE_AT: usize = ARENA / 2;
+const COUNTERS_AT: usize = ARENA - (64 << 10);
 
 impl Arena {
     fn new() -> Self {
@@ -99,6 +104,12 @@ impl Arena {
         self.used.fetch_max(at + bytes.len(), Ordering::Relaxed);
         // SAFETY: the range was just checked to lie in our mapping, which no running code of this thread is in.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.base.add(at), bytes.len()) };
+    }
+
+    fn read(&self, at: usize) -> u64 {
+        assert!(at + 8 <= ARENA && at.is_multiple_of(8));
+        // SAFETY: the range was just checked to lie in our mapping, which is aligned to pages.
+        unsafe { self.base.add(at).cast::<u64>().read() }
     }
 
     fn address(&self, at: usize) -> u64 {
@@ -234,7 +245,15 @@ fn build(shape: &Shape, arena: &Arena, at: usize) -> (Cfg, Vec<u8>) {
     (cfg, code)
 }
 
-fn plan(shape: &Shape, cfg: &Cfg) -> FunctionPlan {
+/// Every copied block that has a place for a counter, as offsets, rising.
+fn probes(cfg: &Cfg, code: &[u8], copied: &[usize]) -> Vec<u32> {
+    let offset = |at: LinkAddr| at.distance(cfg.start) as usize;
+    let blocks = cfg.blocks.iter().enumerate().filter(|(i, _)| copied.contains(i)).map(|(_, b)| b);
+    let placed = blocks.filter(|b| place(&code[offset(b.start)..offset(b.end)], b.start).is_some());
+    placed.map(|b| offset(b.start) as u32).collect()
+}
+
+fn plan(shape: &Shape, cfg: &Cfg, code: &[u8]) -> FunctionPlan {
     let mut order: Vec<usize> = (1..cfg.blocks.len()).collect();
     order.retain(|i| !shape.left_out[i % shape.left_out.len()]);
     order.sort_by_key(|i| (shape.keys[i % shape.keys.len()].rotate_left(*i as u32), *i));
@@ -247,7 +266,7 @@ fn plan(shape: &Shape, cfg: &Cfg) -> FunctionPlan {
         hot: shape.hot.min(blocks.len()) as u32,
         blocks,
         entries: Vec::new(),
-        probes: Vec::new(),
+        probes: if shape.counts { probes(cfg, code, &order) } else { Vec::new() },
         weight: 1,
     }
 }
@@ -281,10 +300,12 @@ fn make(shape: &Shape) -> Case {
     let original = 4096;
     let (cfg, code) = build(shape, &arena, original);
     arena.write(original, &code);
-    let plan = plan(shape, &cfg);
+    let plan = plan(shape, &cfg, &code);
+    let counters = LinkAddr(arena.address(COUNTERS_AT));
     let cache = LinkAddr(arena.address(CACHE_AT));
     let bytes = Bytes(cfg.start, code.clone());
-    let (emission, refused) = lower(&[Source { cfg, plan: &plan, code }], cache, (ARENA - CACHE_AT) as u64, cache);
+    let (emission, refused) =
+        lower(&[Source { cfg, plan: &plan, code }], cache, (COUNTERS_AT - CACHE_AT) as u64, counters);
     assert_eq!(refused, []);
     Case { arena, original, emission, cache, bytes }
 }
@@ -297,11 +318,17 @@ proptest! {
         let case = make(&shape);
         check(&case.emission, case.cache, &case.bytes).expect("lowering is right");
         case.arena.write(CACHE_AT, &case.emission.code);
+        let mut runs = 0;
         for input in inputs {
             for fuel in [0, 1, 7, 300] {
                 let original = case.arena.run(case.original, input, fuel);
                 let copy = case.arena.run(CACHE_AT, input, fuel);
                 prop_assert_eq!(original, copy, "fuel {}", fuel);
+                if let Some(counter) = case.emission.counters.of(case.bytes.0) {
+                    runs += 1;
+                    let at = (counter.0 - case.arena.address(0)) as usize;
+                    prop_assert!(case.arena.read(at) >= runs, "the entry ran {} times and more", runs);
+                }
             }
         }
     }

@@ -224,3 +224,39 @@ pub(crate) fn threads(pid: i32) -> Result<Vec<i32>, RemoteError> {
     // A leader that has called pthread_exit stays in the list as a zombie and can't be stopped: it runs nothing.
     Ok(tids.filter(|&tid| !matches!(thread_state(pid, tid), None | Some(b'Z' | b'X'))).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::remote::in_own_thread;
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    use std::time::Duration;
+
+    #[test]
+    fn letting_go_takes_no_signal_away() {
+        let script = "trap 'echo got' USR1; echo ready; while :; do sleep 0.01; done";
+        let mut child = Command::new("sh").args(["-c", script]).stdout(Stdio::piped()).spawn().expect("a shell");
+        let pid = child.id() as i32;
+        let output = BufReader::new(child.stdout.take().expect("piped"));
+        let (send, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        let next = || lines.recv_timeout(Duration::from_secs(10));
+        assert_eq!(next().as_deref(), Ok("ready"));
+        for reported in [false, true] {
+            in_own_thread(|| {
+                let mut tracee = Tracee::seize(pid, pid).expect("our own child");
+                // SAFETY: kill takes two integers and touches no memory of ours.
+                unsafe { libc::kill(pid, libc::SIGUSR1) };
+                // It stops to receive the signal, and we let go of it there, having looked or not.
+                std::thread::sleep(Duration::from_millis(50));
+                while reported && tracee.wait().expect("it is there") != Report::Signal(libc::SIGUSR1) {
+                    tracee.go_on(libc::SIGCHLD).expect("it is stopped");
+                }
+            });
+            assert_eq!(next().as_deref(), Ok("got"), "reported: {reported}");
+        }
+        child.kill().expect("our own child");
+        child.wait().expect("our own child");
+    }
+}
