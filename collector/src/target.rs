@@ -197,7 +197,8 @@ pub struct Target {
 }
 
 impl Target {
-    /// The process that `spec` names: a PID, or the name (or absolute path) of an executable. A name shared by the
+    /// The process that `spec` names: a PID, or the name (or absolute path) of an executable, or, where no process runs
+    /// one of that name, the name that it was started by (a link to the executable, a script). A name shared by the
     /// processes of one group gives the group's root.
     ///
     /// # Errors
@@ -266,10 +267,14 @@ impl Target {
     fn by_name(name: &str) -> Result<Self, TargetError> {
         let mut found: Vec<Self> = Vec::new();
         let mut refused = None;
-        for pid in all_pids()? {
-            if pid == std::process::id() as i32 || !may_be_named(pid, name) {
-                continue;
-            }
+        let mut others = all_pids()?;
+        others.retain(|&pid| pid != std::process::id() as i32);
+        let mut named: Vec<i32> = others.iter().copied().filter(|&pid| may_be_named(pid, name)).collect();
+        if named.is_empty() {
+            // Debian's redis-server is a link to redis-check-rdb.
+            named = others.into_iter().filter(|&pid| is_called(pid, name)).collect();
+        }
+        for pid in named {
             match Self::examine(pid) {
                 Ok(target) => found.push(target),
                 Err(TargetError::NoSuchProcess(_) | TargetError::Exited(_)) => {}
@@ -341,9 +346,15 @@ fn may_be_named(pid: i32, name: &str) -> bool {
             let bytes = bytes.strip_suffix(b" (deleted)").unwrap_or(bytes);
             bytes == wanted || bytes.rsplit(|&b| b == b'/').next() == Some(wanted)
         }
-        Err(_) => fs::read(format!("/proc/{pid}/comm"))
-            .is_ok_and(|comm| comm.strip_suffix(b"\n") == Some(&wanted[..wanted.len().min(15)])),
+        Err(_) => is_called(pid, name),
     }
+}
+
+/// Whether this is what the kernel calls a process: the file that it was started by, or what it has called itself since,
+/// cut to 15 bytes.
+fn is_called(pid: i32, name: &str) -> bool {
+    let wanted = &name.as_bytes()[..name.len().min(15)];
+    fs::read(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.strip_suffix(b"\n") == Some(wanted))
 }
 
 /// The path that `/proc/PID/exe` shows, without the kernel's mark, and whether the file is gone. A file whose name really

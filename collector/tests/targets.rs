@@ -50,6 +50,12 @@ fn by_name_one_several_and_a_group() {
     let text = error.to_string();
     assert!(text.contains(&first.pid().to_string()) && text.contains(&second.pid().to_string()), "{text}");
 
+    // By the name of a link, as no file has it; 15 bytes at most are known of that.
+    let alias = format!("as-{}", std::process::id());
+    std::os::unix::fs::symlink(shop.path("victim"), shop.path(&alias)).unwrap();
+    let linked = Victim::start(&shop.path(&alias), &["sleep"]);
+    assert_eq!(Target::find(&alias).unwrap().pid, linked.pid());
+
     let master = Victim::start(&named(&grouped), &["workers"]);
     assert_eq!(Target::find(&grouped).unwrap().pid, master.pid());
 }
