@@ -9,7 +9,7 @@ use dyni_collector::Group;
 
 use dyni_schema::envelope::{BlobId, seal};
 use dyni_schema::{BuildId, LinkAddr, Method, Profile, Ranges};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use crate::analyze::UNWIND_REGISTERED;
@@ -77,13 +77,13 @@ pub fn count_group(
             break;
         }
         if burst == 0 {
-            choice = Choice::FunctionsWith(tally.ran());
+            choice = with_samples(tally.ran(), profile);
             tally = Tally::default();
             root_first(group).iter().for_each(|m| tally.begin(counters(m.pid).unwrap_or_default()));
         }
         std::thread::sleep(part.saturating_sub(begin.elapsed()));
     }
-    add(profile, &tally.blocks())
+    add(profile, &tally.blocks(), binaries)
 }
 
 fn plan(profile: &Profile, binaries: &[Binary]) -> Result<StoredPlan, Failure> {
@@ -108,18 +108,52 @@ fn summary(applied: &ApplyReport) -> String {
     format!("counting {functions} functions, {patches} patches; left out: {}", reasons.join(", "))
 }
 
-/// Puts the counts into the profile.
-fn add(profile: &mut Profile, counted: &BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>>) -> Result<(), Failure> {
-    if !counted.values().flat_map(|blocks| blocks.values()).any(|&(_, count)| count > 0) {
-        return Err(Failure::failed("count", "nothing ran in the copies that count"));
+/// What the counters say of each module: for each counted block its length in bytes and how often it ran.
+type Counted = BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>>;
+
+/// Adds the places of a profile's samples: a loop that is never left is not entered either, so what was sampled is counted
+/// even if it did not seem to run.
+fn with_samples(mut places: BTreeMap<BuildId, BTreeSet<LinkAddr>>, profile: &Profile) -> Choice {
+    for module in &profile.modules {
+        places.entry(module.build_id.clone()).or_default().extend(module.samples.iter().map(|(at, _)| at));
+    }
+    Choice::FunctionsWith(places)
+}
+
+/// Puts the counts into the profile. A function that was sampled and never counted keeps its samples instead: it may have
+/// had no work just then, or one that was under way all the time.
+fn add(profile: &mut Profile, counted: &Counted, binaries: &[Binary]) -> Result<(), Failure> {
+    let (mut confirmed, mut sampled) = (0, 0);
+    let mut all_ranges = BTreeMap::new();
+    for module in &profile.modules {
+        let Some(blocks) = counted.get(&module.build_id) else { continue };
+        let Some(binary) = binaries.iter().find(|b| *b.image.build_id() == module.build_id) else { continue };
+        let index = |at: LinkAddr| binary.functions.index_at(at);
+        let ran: BTreeSet<_> = blocks.iter().filter(|b| b.1.1 > 0).filter_map(|b| index(*b.0)).collect();
+        let watched: BTreeSet<_> = blocks.keys().filter_map(|&at| index(at)).collect();
+        let mut silent = BTreeSet::new();
+        for (at, count) in module.samples.iter() {
+            let Some(function) = index(at).filter(|f| watched.contains(f)) else { continue };
+            sampled += count;
+            if ran.contains(&function) {
+                confirmed += count;
+            } else {
+                silent.insert(function);
+            }
+        }
+        let kept: Vec<_> = blocks.iter().filter(|b| index(*b.0).is_none_or(|f| !silent.contains(&f))).collect();
+        let ranges = Ranges {
+            start: kept.iter().map(|(at, _)| at.0).collect(),
+            end: kept.iter().map(|(at, (size, _))| at.0 + u64::from(size.saturating_sub(1))).collect(),
+            count: kept.iter().map(|(_, block)| block.1).collect(),
+        };
+        all_ranges.insert(module.build_id.clone(), ranges);
+    }
+    if confirmed * 2 <= sampled {
+        return Err(Failure::failed("count", "the program did something else than while it was sampled"));
     }
     for module in &mut profile.modules {
-        let Some(blocks) = counted.get(&module.build_id) else { continue };
-        module.ranges = Ranges {
-            start: blocks.keys().map(|at| at.0).collect(),
-            end: blocks.iter().map(|(at, (size, _))| at.0 + u64::from(size.saturating_sub(1))).collect(),
-            count: blocks.values().map(|b| b.1).collect(),
-        };
+        module.ranges = all_ranges.remove(&module.build_id).unwrap_or_default();
     }
     profile.method = Method::Count;
     Ok(())
