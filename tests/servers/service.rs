@@ -126,7 +126,7 @@ pub fn cycle(service: &mut Service, load: impl Fn() -> Result<(), String> + Sync
         let loader = s.spawn(|| {
             let mut n = 0;
             while !stop.load(Ordering::Relaxed) {
-                load()?;
+                load().inspect_err(|e| println!("{name}, load {n}: {e}"))?;
                 n += 1;
             }
             Ok::<_, String>(n)
