@@ -6,7 +6,6 @@ use dyni_analyzer::counting::counting_plan;
 use dyni_analyzer::plan::{Module, Options};
 use dyni_applier::{Applier, Choice, Tally, counters};
 use dyni_collector::Group;
-
 use dyni_schema::envelope::{BlobId, seal};
 use dyni_schema::{BuildId, LinkAddr, Method, Profile, Ranges};
 use std::collections::{BTreeMap, BTreeSet};
@@ -55,8 +54,7 @@ pub fn count_group(
     // First which of the functions run at all, by patches at their entries alone: then the others can be left out, and those
     // get patches wherever execution may come back from an indirect jump, so that no count is missing.
     let mut choice = Choice::Entries;
-    let mut tally = Tally::default();
-    group.members.iter().for_each(|m| tally.begin(counters(m.pid).unwrap_or_default()));
+    let mut tally = tally_of(group);
     for burst in 0..BURSTS {
         let begin = Instant::now();
         group.refresh()?;
@@ -78,12 +76,18 @@ pub fn count_group(
         }
         if burst == 0 {
             choice = with_samples(tally.ran(), profile);
-            tally = Tally::default();
-            root_first(group).iter().for_each(|m| tally.begin(counters(m.pid).unwrap_or_default()));
+            tally = tally_of(group);
         }
         std::thread::sleep(part.saturating_sub(begin.elapsed()));
     }
     add(profile, &tally.blocks(), binaries)
+}
+
+/// A tally that begins with what the group's counters say now.
+fn tally_of(group: &Group) -> Tally {
+    let mut tally = Tally::default();
+    group.members.iter().for_each(|m| tally.begin(counters(m.pid).unwrap_or_default()));
+    tally
 }
 
 fn plan(profile: &Profile, binaries: &[Binary]) -> Result<StoredPlan, Failure> {

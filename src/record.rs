@@ -1,9 +1,9 @@
 //! `dyni record`: where a program's time goes, kept as a profile.
 
 use dyni_applier::State;
+use dyni_collector::attribution::bounded;
 use dyni_collector::record::{MethodChoice, Progress, RecordOptions, Recording, StopReason};
 use dyni_collector::{Group, record};
-use dyni_schema::profile::MAX_STRING;
 use dyni_schema::{Method, Profile};
 use serde::Serialize;
 use std::time::Duration;
@@ -121,9 +121,7 @@ pub fn profile_group(
             Err(e) if method == MethodArg::Count => return Err(e),
             Err(e) => {
                 let note = &mut recording.profile.method_note;
-                note.push_str(&format!("{}count: {e}", if note.is_empty() { "" } else { "; " }));
-                let fits = (0..=MAX_STRING).rev().find(|&i| note.is_char_boundary(i));
-                note.truncate(fits.unwrap_or(0));
+                *note = bounded(&format!("{note}{}count: {e}", if note.is_empty() { "" } else { "; " }));
             }
         }
     }

@@ -4,11 +4,11 @@
 //! under sparse samples many a function that runs all the time was never hit.
 
 use crate::cfg::{self, Terminator};
-use crate::functions::{Function, function_hash};
+use crate::functions::function_hash;
 use crate::image::Image;
 use crate::passes::infer::Evidence;
 use crate::passes::{FunctionLayout, entries, infer};
-use crate::plan::{Error, Module, Options, Seen, chosen_modules};
+use crate::plan::{self, Error, Module, Options, Seen, chosen_modules};
 use crate::{probes, refuse};
 use dyni_schema::{FunctionPlan, LinkAddr, ModulePlan, ModuleProfile, Plan, PlanKind, Profile};
 use rayon::prelude::*;
@@ -102,8 +102,8 @@ fn callees(layout: &FunctionLayout) -> impl Iterator<Item = LinkAddr> + '_ {
     })
 }
 
+/// All of the function as it is, with the probes that its counts need.
 fn function_plan(image: &Image, layout: &FunctionLayout) -> FunctionPlan {
-    let Function { start, size, .. } = layout.function;
     let countable = |b: usize| {
         let block = &layout.cfg.blocks[b];
         let copied = layout.order.binary_search(&(b as u32)).is_ok();
@@ -111,14 +111,6 @@ fn function_plan(image: &Image, layout: &FunctionLayout) -> FunctionPlan {
         copied && bytes().is_some_and(|bytes| probes::place(bytes, block.start).is_some())
     };
     let chosen = probes::choose(&layout.cfg, &countable, &|b| layout.flow.nodes[b]);
-    FunctionPlan {
-        start: start.0,
-        size,
-        hash: function_hash(image, &layout.function),
-        blocks: layout.order.iter().map(|&b| layout.offset(b)).collect(),
-        hot: layout.order.len() as u32,
-        entries: layout.entries.iter().map(|&b| layout.offset(b)).collect(),
-        probes: chosen.iter().map(|&b| layout.offset(b as u32)).collect(),
-        weight: layout.weight,
-    }
+    let probes = chosen.iter().map(|&b| layout.offset(b as u32)).collect();
+    FunctionPlan { probes, ..plan::function_plan(layout, function_hash(image, &layout.function)) }
 }

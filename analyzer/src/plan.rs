@@ -317,7 +317,8 @@ pub(crate) fn lay_out(
     Ok((layout, stats))
 }
 
-fn function_plan(layout: &FunctionLayout, hash: dyni_schema::FunctionHash) -> FunctionPlan {
+/// A function's part of a plan, without probes.
+pub(crate) fn function_plan(layout: &FunctionLayout, hash: dyni_schema::FunctionHash) -> FunctionPlan {
     FunctionPlan {
         start: layout.function.start.0,
         size: layout.function.size,

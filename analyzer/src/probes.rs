@@ -40,22 +40,22 @@ pub struct Place {
     pub how: How,
 }
 
-/// Registers that may carry a count, by their number: not the stack pointer, nor the one that `lea` encodes in its own way.
-const CARRIERS: [(u8, Register); 14] = [
-    (0, Register::RAX),
-    (1, Register::RCX),
-    (2, Register::RDX),
-    (6, Register::RSI),
-    (7, Register::RDI),
-    (8, Register::R8),
-    (9, Register::R9),
-    (10, Register::R10),
-    (11, Register::R11),
-    (3, Register::RBX),
-    (5, Register::RBP),
-    (13, Register::R13),
-    (14, Register::R14),
-    (15, Register::R15),
+/// Registers that may carry a count: not the stack pointer, nor the one that `lea` encodes in its own way.
+const CARRIERS: [Register; 14] = [
+    Register::RAX,
+    Register::RCX,
+    Register::RDX,
+    Register::RSI,
+    Register::RDI,
+    Register::R8,
+    Register::R9,
+    Register::R10,
+    Register::R11,
+    Register::RBX,
+    Register::RBP,
+    Register::R13,
+    Register::R14,
+    Register::R15,
 ];
 
 /// Where the block whose bytes these are can be counted; `None` if nothing is dead anywhere before its first call.
@@ -63,17 +63,16 @@ const CARRIERS: [(u8, Register); 14] = [
 pub fn place(bytes: &[u8], start: LinkAddr) -> Option<Place> {
     let instructions: Vec<Instruction> =
         Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE).into_iter().collect();
-    let calls = instructions.iter().position(|i| i.flow_control() != FlowControl::Next);
-    // Before the call itself is in time, and so is before the branch at the end.
-    let last = calls.unwrap_or(instructions.len().saturating_sub(1));
-    let reach = &instructions[..=last.min(instructions.len().checked_sub(1)?)];
+    // Before the first call is in time, and so is before the branch at the end.
+    let leaves = instructions.iter().position(|i| i.flow_control() != FlowControl::Next);
+    let reach = &instructions[..leaves.map_or(instructions.len(), |i| i + 1)];
     let places = || (0..reach.len()).map(|i| (&reach[i..], LinkAddr(reach[i].ip())));
     let by_flags = places().find(|(rest, _)| flags_are_dead(rest)).map(|(_, at)| Place { at, how: How::Flags });
     by_flags.or_else(|| {
         let mut factory = InstructionInfoFactory::new();
         places().find_map(|(rest, at)| {
-            let dead = CARRIERS.iter().find(|(_, r)| register_is_dead(&mut factory, rest, *r))?;
-            Some(Place { at, how: How::Register(dead.0) })
+            let dead = CARRIERS.iter().find(|r| register_is_dead(&mut factory, rest, **r))?;
+            Some(Place { at, how: How::Register(dead.number() as u8) })
         })
     })
 }

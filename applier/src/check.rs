@@ -119,9 +119,7 @@ impl Copies<'_> {
             && self.begins(&third, &[0x48 | high << 2, 0x89, low << 3 | 5]);
         same.then_some(Raised { register: Some(register), next: third.next_ip() })
     }
-}
 
-impl Copies<'_> {
     /// Whether an instruction of the copy begins with these bytes.
     fn begins(&self, i: &Instruction, bytes: &[u8]) -> bool {
         let offset = i.ip().wrapping_sub(self.cache.0) as usize;

@@ -304,7 +304,7 @@ impl<'a> Attribution<'a> {
 }
 
 /// A string that a profile may hold.
-pub(crate) fn bounded(text: &str) -> String {
+pub fn bounded(text: &str) -> String {
     let mut end = text.len().min(MAX_STRING);
     while !text.is_char_boundary(end) {
         end -= 1;
