@@ -10,7 +10,7 @@ use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 use crate::store::{Store, StoredPlan};
-use crate::targets::{Refused, StateWord, find, root_first, state_line};
+use crate::targets::{Refused, StateWord, find, has_ended, root_first, state_line};
 
 /// How often a group is looked at again for children that were forked while others were changed.
 const ROUNDS: usize = 16;
@@ -141,7 +141,7 @@ pub fn apply_group_with(
             }
             match patiently(applier, member.pid, choice) {
                 Ok(applied) => report.processes.push(ProcessReport::new(&applied)),
-                Err(e) if (e.is_death() || !member.still_there()) && member.pid != group.root.pid => {}
+                Err(e) if has_ended(member, &e) && member.pid != group.root.pid => {}
                 Err(e) if e.is_refusal() && member.pid != group.root.pid => {
                     report.left_out.push(LeftOut { pid: member.pid, reason: e.to_string() });
                 }

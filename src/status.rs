@@ -8,7 +8,7 @@ use crate::cli::StatusArgs;
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
-use crate::targets::{Refused, StateWord, combined, find, root_first, state_line};
+use crate::targets::{Refused, StateWord, combined, find, has_ended, root_first, state_line};
 
 /// `dyni status --json`.
 #[derive(Debug, Serialize)]
@@ -66,7 +66,7 @@ pub fn run(args: &StatusArgs, out: Output) -> Result<(), Failure> {
                 match dyni_applier::status(member.pid) {
                     Ok(status) => report.processes.push(ProcessReport::new(&group, &member, &status)),
                     // A child that ended meanwhile is no longer part of the program.
-                    Err(_) if !member.still_there() && group.members.len() > 1 => {}
+                    Err(e) if has_ended(&member, &e) && group.members.len() > 1 => {}
                     Err(e) => return Err(e.into()),
                 }
             }

@@ -25,6 +25,12 @@ pub fn root_first(group: &Group) -> Vec<Target> {
     first
 }
 
+/// Whether a member of a group failed because it has ended or is about to: it is no part of the program any more.
+pub fn has_ended(member: &Target, e: &ApplyError) -> bool {
+    // The kernel takes a process's memory away before it calls it a zombie: then only the error tells.
+    e.is_death() || !member.still_there()
+}
+
 fn of_kind(kind: ErrorKind, text: &dyn fmt::Display) -> Failure {
     // Their texts are whole sentences already: what happened, why, what to do.
     match kind {
@@ -143,6 +149,18 @@ mod tests {
         assert_eq!(combined([Dynimized, Dynimized]), Dynimized);
         assert_eq!(combined([Dynimized, Undynimized]), PartlyDynimized);
         assert_eq!(combined([]), Undynimized);
+    }
+
+    #[test]
+    fn a_member_without_memory_has_ended_though_it_is_no_zombie_yet() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let alive = Target::by_pid(pid).unwrap();
+        assert!(has_ended(&alive, &ApplyError::Target(TargetError::Exited(pid))));
+        assert!(!has_ended(&alive, &ApplyError::Locked(pid)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(has_ended(&alive, &ApplyError::Locked(pid)));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Output, Paint, Report, plural};
 use crate::status::dynimized;
-use crate::targets::{StateWord, find, root_first, state_line};
+use crate::targets::{StateWord, find, has_ended, root_first, state_line};
 
 /// How often a group is looked at again for children that were forked while others were undone.
 const ROUNDS: usize = 16;
@@ -75,7 +75,7 @@ pub fn undo_group(group: &mut Group) -> Result<Vec<Undone>, Failure> {
         for member in &todo {
             match dyni_applier::undo(member.pid) {
                 Ok(undone) => all.push(undone),
-                Err(e) if e.is_death() || !member.still_there() => {}
+                Err(e) if has_ended(member, &e) => {}
                 Err(e) => first_failure = first_failure.or(Some(Failure::from(e))),
             }
         }

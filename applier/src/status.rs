@@ -85,6 +85,10 @@ pub struct Status {
 /// # Errors
 /// The process is gone, or not ours to read.
 pub fn status(pid: i32) -> Result<Status, ApplyError> {
+    read(pid).map_err(|e| e.or_death(pid))
+}
+
+fn read(pid: i32) -> Result<Status, ApplyError> {
     let memory = Memory::open_read_only(pid)?;
     let maps = maps::mappings(pid)?;
     let (entries, damaged) = ledger::find(pid, &maps, &memory);
