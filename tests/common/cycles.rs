@@ -112,19 +112,22 @@ impl Run {
 
     fn make_plan(&mut self) {
         let pid = self.victim.pid().to_string();
-        let record = ["record", "-p", &pid, "--duration", self.effort.record];
-        let mut out = self.dyni.run(&record);
-        for _ in 0..10 {
-            // On a crowded machine a victim may not get the processor once in such a short time.
-            let starved = out.stderr.contains("no samples");
-            if out.code() == Some(0) || !(starved || self.expect == Expect::Racing) {
+        let codes: &[i32] = if self.expect == Expect::Maybe { &[0, 3] } else { &[0] };
+        for attempt in 0..10 {
+            let recorded = self.dyni.run(&["record", "-p", &pid, "--duration", self.effort.record]);
+            // On a crowded machine a victim may not get the processor once in such a short time, or have a thread of
+            // its storm sampled once, in a library.
+            let starved = recorded.stderr.contains("no samples") || recorded.stdout.contains("few samples");
+            let again = attempt < 9 && (starved || self.expect == Expect::Racing);
+            if again && recorded.code() != Some(0) {
+                continue;
+            }
+            recorded.expect(codes);
+            self.dyni.run(&["analyze"]).expect(codes);
+            if !again || self.dyni.run(&["apply", "-p", &pid, "--dry-run"]).code() == Some(0) {
                 break;
             }
-            out = self.dyni.run(&record);
         }
-        let codes: &[i32] = if self.expect == Expect::Maybe { &[0, 3] } else { &[0] };
-        out.expect(codes);
-        self.dyni.run(&["analyze"]).expect(codes);
         self.victim.assert_alive("after recording");
     }
 

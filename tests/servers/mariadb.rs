@@ -26,7 +26,9 @@ fn sql(dir: &Path, text: &str) -> Result<String, String> {
 fn sysbench(dir: &Path, script: &str, time: &str, verb: &str) -> Result<(), String> {
     let mut c = Command::new("sysbench");
     c.arg(script).arg(format!("--mysql-socket={}", dir.join("s").display())).arg("--mysql-user=root");
-    c.args(["--mysql-db=t", "--tables=2", "--table-size=10000", "--threads=2", "--mysql-ignore-errors=none"]);
+    c.args(["--mysql-db=t", "--tables=2", "--table-size=10000", "--threads=2"]);
+    // Two transactions that lock the same rows in turn are a deadlock in any MariaDB; the client repeats one of them.
+    c.arg("--mysql-ignore-errors=1213");
     let out = client(c.arg(format!("--time={time}")).arg(verb))?;
     if out.contains("FATAL") || out.contains("ALERT") { Err(out) } else { Ok(()) }
 }
