@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use dyni_analyzer::passes::PassSet;
 use dyni_analyzer::plan::{self, Analysis, Module, ModuleReport, Options};
 use dyni_analyzer::stats::{BeforeAfter, LayoutStats};
-use dyni_collector::Target;
 use dyni_schema::Profile;
 use dyni_schema::envelope::{BlobId, seal};
 use serde::Serialize;
@@ -101,10 +100,9 @@ pub fn run(args: &AnalyzeArgs, store: &Store, out: Output) -> Result<(), Failure
     let passes = passes(args.passes.as_deref())?;
     let (id, profile) = store.profile(args.profile.as_deref())?;
     // The process that was recorded may still run, in a container whose paths mean nothing here.
-    let running = Target::find(&profile.program).ok();
     let binaries = {
         let _progress = out.progress("reading the binaries");
-        modules::of_profile(&profile, running.as_ref())
+        modules::of_profile(&profile, &modules::running(&profile))
     };
     if let Some(what) = &args.explain {
         return explain(&profile, &binaries, passes, what, out);

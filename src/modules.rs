@@ -47,15 +47,26 @@ impl Binary {
     }
 }
 
+/// Processes that may still run what a profile was recorded of, by its name: several, if several programs have it.
+pub fn running(profile: &Profile) -> Vec<Target> {
+    match Target::find(&profile.program) {
+        Ok(target) => vec![target],
+        Err(TargetError::Ambiguous { processes, .. }) => {
+            processes.iter().filter_map(|&(pid, _)| Target::by_pid(pid).ok()).collect()
+        }
+        Err(_) => Vec::new(),
+    }
+}
+
 /// Reads the binaries of a profile in which samples fell, each from the first place that has the very build: the running
-/// process if there is one, else the path at which it was recorded. What can't be found is left out.
-pub fn of_profile(profile: &Profile, target: Option<&Target>) -> Vec<Binary> {
-    let mapped = target.map(|t| maps::modules(t.pid).unwrap_or_default()).unwrap_or_default();
+/// processes, if there are any, else the path at which it was recorded. What can't be found is left out.
+pub fn of_profile(profile: &Profile, targets: &[Target]) -> Vec<Binary> {
+    let mapped: Vec<_> = targets.iter().flat_map(|t| maps::modules(t.pid).unwrap_or_default()).collect();
     let sampled = profile.modules.iter().filter(|m| !m.samples.addr.is_empty() || !m.branches.from.is_empty());
     sampled
         .filter_map(|m| {
-            let live = mapped.iter().find(|l| l.build_id == m.build_id).and_then(|l| l.file.clone());
-            let paths = live.into_iter().chain([PathBuf::from(&m.path)]);
+            let live = mapped.iter().filter(|l| l.build_id == m.build_id).filter_map(|l| l.file.clone());
+            let paths = live.chain([PathBuf::from(&m.path)]);
             paths.filter_map(|path| of_build(&path, &m.name, &m.build_id)).next()
         })
         .collect()

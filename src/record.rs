@@ -1,11 +1,13 @@
 //! `dyni record`: where a program's time goes, kept as a profile.
 
-use dyni_applier::State;
+use dyni_applier::{Resolver, State};
 use dyni_collector::attribution::bounded;
 use dyni_collector::record::{MethodChoice, Progress, RecordOptions, Recording, StopReason};
 use dyni_collector::{Group, record};
-use dyni_schema::{Method, Profile};
+use dyni_schema::{Method, Profile, RunAddr};
 use serde::Serialize;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::cli::{MethodArg, RecordArgs};
@@ -111,7 +113,7 @@ pub fn profile_group(
     let mut recording = record_group(group, sampling, sampler(method), label, out)?;
     let binaries = {
         let _progress = out.progress("reading the binaries");
-        modules::of_profile(&recording.profile, Some(&group.root))
+        modules::of_profile(&recording.profile, std::slice::from_ref(&group.root))
     };
     let counts_pay = method == MethodArg::Count || recording.profile.method != Method::Lbr;
     if can_count && counts_pay && recording.stopped == StopReason::Complete {
@@ -128,7 +130,8 @@ pub fn profile_group(
     Ok((recording, binaries))
 }
 
-/// Records with a progress bar; Ctrl-C ends it and keeps what there is.
+/// Records with a progress bar; Ctrl-C ends it and keeps what there is. Samples in the code cache of a program that is
+/// dynimized count where their originals are.
 ///
 /// # Errors
 /// Why there is no recording.
@@ -142,7 +145,19 @@ pub fn record_group(
     let interruptible = Interruptible::new();
     let title = format!("profiling {}, pid: {}", group.root.name, group.root.pid);
     let bar = out.progress_of(&title, duration.as_millis() as u64);
-    let options = RecordOptions { duration, method, label: label.to_owned(), ..RecordOptions::default() };
+    let caches = RefCell::new(HashMap::new());
+    let resolve = |pid: i32, at: RunAddr| {
+        let mut caches = caches.borrow_mut();
+        // A process that can't be read any more has ended; its last samples count as outside.
+        caches.entry(pid).or_insert_with(|| Resolver::of(pid).unwrap_or_default()).resolve(at)
+    };
+    let options = RecordOptions {
+        duration,
+        method,
+        label: label.to_owned(),
+        resolve: Some(&resolve),
+        ..RecordOptions::default()
+    };
     let mut tick = |p: Progress| {
         bar.set(p.elapsed.as_millis() as u64);
         bar.say(&format!("{title} ({}): {} samples", p.method.name(), thousands(p.totals.samples)));
@@ -213,9 +228,12 @@ impl Report for RecordReport {
         }
         text.push_str(&table.render("  ", paint));
         let mut also = Vec::new();
-        for (count, what) in
-            [(self.kernel, "in the kernel"), (self.outside, "in code of no file"), (self.lost, "lost by the kernel")]
-        {
+        for (count, what) in [
+            (self.in_cache, "of them in the code cache"),
+            (self.kernel, "in the kernel"),
+            (self.outside, "in code of no file"),
+            (self.lost, "lost by the kernel"),
+        ] {
             if count > 0 {
                 also.push(format!("{} {what}", thousands(count)));
             }

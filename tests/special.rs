@@ -31,6 +31,8 @@ fn a_replaced_executable_is_no_obstacle() {
     let copy = dir.path().join("switches-gcc-O2");
     fs::copy(&exe, &copy).expect("copy the program");
     let victim = Victim::start(&copy).expect("switches needs nothing special");
+    // Another program of the same name must not hide it, either.
+    let namesake = Victim::start(&exe).expect("switches needs nothing special");
     let fresh = dir.path().join("fresh");
     fs::copy("/bin/true", &fresh).expect("copy another program");
     fs::rename(&fresh, &copy).expect("replace the program");
@@ -44,8 +46,10 @@ fn a_replaced_executable_is_no_obstacle() {
         d.undo(victim.pid()).expect_done();
         text.assert_pristine(victim.pid(), "after undo");
     }
-    let tally = victim.finish();
-    assert_eq!(tally, verify(&exe, tally.rounds));
+    for victim in [victim, namesake] {
+        let tally = victim.finish();
+        assert_eq!(tally, verify(&exe, tally.rounds));
+    }
 }
 
 /// The same with the file deleted.
@@ -210,6 +214,28 @@ fn optimize_does_it_all() {
     dyni::run(Command::new(dyni::BINARY).args(["undo", "-p", &pid.to_string()]).arg("--archive").arg(d.archive()))
         .expect(if changed { &[0] } else { &[0, 3] });
     text.assert_pristine(pid, "after undo");
+    let tally = victim.finish();
+    assert_eq!(tally, verify(&exe, tally.rounds));
+}
+
+/// Where the time goes in a program that runs in its copies, by the addresses of the file.
+#[test]
+fn a_recording_of_a_dynimized_program_names_the_originals() {
+    let victim = match start("endless") {
+        Ok(v) => v,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (pid, exe, d) = (victim.pid(), victim.exe.clone(), Dyni::new());
+    let plain = d.record(pid, "500ms");
+    assert_eq!(plain["in_cache"], 0, "{plain:#}");
+    d.run(&["analyze"]).expect_done();
+    d.apply(pid).expect_done();
+    let through = d.record(pid, "500ms");
+    let of = |report: &serde_json::Value, field: &str| report[field].as_u64().unwrap_or_default();
+    assert!(of(&through, "in_cache") * 2 > of(&through, "samples"), "{through:#}");
+    assert!(of(&through, "outside") * 20 < of(&through, "samples"), "{through:#}");
+    assert_eq!(through["modules"][0]["build_id"], plain["modules"][0]["build_id"], "{through:#}");
+    d.undo(pid).expect_done();
     let tally = victim.finish();
     assert_eq!(tally, verify(&exe, tally.rounds));
 }

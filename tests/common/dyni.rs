@@ -81,7 +81,7 @@ impl Dyni {
 
     /// Records and analyzes a process, so that there is a plan for it.
     pub fn make_plan(&self, pid: i32, duration: &str) {
-        self.run(&["record", "-p", &pid.to_string(), "--duration", duration]).expect_done();
+        self.record(pid, duration);
         self.run(&["analyze"]).expect_done();
     }
 
@@ -104,6 +104,13 @@ impl Dyni {
         let of = |p: &Value| p["pid"].as_i64() == Some(pid.into());
         let found = processes.iter().find(|p| of(p)).and_then(|p| p["state"].as_str());
         found.unwrap_or("undynimized").to_owned()
+    }
+
+    /// Records the process until a time in which it was sampled; the report.
+    pub fn record(&self, pid: i32, duration: &str) -> Value {
+        let record = || self.run(&["record", "-p", &pid.to_string(), "--duration", duration, "--json"]);
+        let found = (0..10).map(|_| record()).find(|out| out.code() == Some(0));
+        found.unwrap_or_else(|| panic!("process {pid} was never sampled")).json()
     }
 
     /// The names of the places at which dyni can be made to fail.
