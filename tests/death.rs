@@ -86,6 +86,7 @@ fn walk(name: &'static str) -> Result<usize, String> {
             let pid = case.victim.pid();
             if verb == "undo" {
                 dyni.apply(pid).expect_done();
+                victim.assert_alive("after apply");
             }
             let out = dyni.run_failing(point, &[verb, "-p", &pid.to_string()]);
             if out.was_killed() {
