@@ -86,7 +86,6 @@ fn walk(name: &'static str) -> Result<usize, String> {
             let pid = case.victim.pid();
             if verb == "undo" {
                 dyni.apply(pid).expect_done();
-                victim.assert_alive("after apply");
             }
             let out = dyni.run_failing(point, &[verb, "-p", &pid.to_string()]);
             if out.was_killed() {
@@ -157,6 +156,7 @@ fn kill_target(name: &'static str) -> Result<(), String> {
             let pid = victim.pid();
             if verb == "undo" {
                 dyni.apply(pid).expect_done();
+                victim.assert_alive("after apply");
             }
             let out = dyni.run_failing(&format!("{point}:kill-target"), &[verb, "-p", &pid.to_string()]);
             if out.code() == Some(0) {
