@@ -226,9 +226,8 @@ fn a_recording_of_a_dynimized_program_names_the_originals() {
         Err(reason) => skip!("{reason}"),
     };
     let (pid, exe, d) = (victim.pid(), victim.exe.clone(), Dyni::new());
-    let plain = d.record(pid, "500ms");
+    let plain = d.make_plan(pid, "500ms");
     assert_eq!(plain["in_cache"], 0, "{plain:#}");
-    d.run(&["analyze"]).expect_done();
     d.apply(pid).expect_done();
     let through = d.record(pid, "500ms");
     let of = |report: &serde_json::Value, field: &str| report[field].as_u64().unwrap_or_default();

@@ -79,10 +79,11 @@ impl Dyni {
         run(self.command(args).env("DYNI_FAILPOINT", failpoint))
     }
 
-    /// Records and analyzes a process, so that there is a plan for it.
-    pub fn make_plan(&self, pid: i32, duration: &str) {
-        self.record(pid, duration);
+    /// Records and analyzes a process, so that there is a plan for it; the recording's report.
+    pub fn make_plan(&self, pid: i32, duration: &str) -> Value {
+        let recorded = self.record(pid, duration);
         self.run(&["analyze"]).expect_done();
+        recorded
     }
 
     /// `dyni apply --json`
@@ -109,8 +110,10 @@ impl Dyni {
     /// Records the process until a time in which it was sampled; the report.
     pub fn record(&self, pid: i32, duration: &str) -> Value {
         let record = || self.run(&["record", "-p", &pid.to_string(), "--duration", duration, "--json"]);
-        let found = (0..10).map(|_| record()).find(|out| out.code() == Some(0));
-        found.unwrap_or_else(|| panic!("process {pid} was never sampled")).json()
+        let found = (0..10).map(|_| record()).find(|out| !out.starved());
+        let out = found.unwrap_or_else(|| panic!("process {pid} was never sampled"));
+        out.expect_done();
+        out.json()
     }
 
     /// The names of the places at which dyni can be made to fail.
@@ -171,6 +174,11 @@ impl Outcome {
     /// Whether somebody killed it.
     pub fn was_killed(&self) -> bool {
         self.status.signal() == Some(9)
+    }
+
+    /// Whether it recorded a program that did not get the processor once in that time, as on a crowded machine.
+    pub fn starved(&self) -> bool {
+        self.stderr.contains("no samples")
     }
 
     /// Panics unless it did what it was asked.
