@@ -1,16 +1,18 @@
-//! `dyni optimize`: record, analyze, apply.
+//! `dyni optimize`: record, analyze, apply, check that it pays.
 
-use dyni_applier::State;
+use dyni_applier::{Applier, Choice, State};
 use serde::Serialize;
 
 use crate::analyze::{Analyzed, Layout, for_program};
-use crate::apply::{ApplyReport, apply_group};
+use crate::apply::{ApplyReport, apply_group_with};
 use crate::cli::{MethodArg, OptimizeArgs};
 use crate::errors::Failure;
+use crate::gain::Estimate;
 use crate::output::{Output, Paint, Report};
+use crate::pays::{self, Verdict};
 use crate::record::{RecordReport, keep, profile_group};
 use crate::store::Store;
-use crate::targets::{Refused, find};
+use crate::targets::{Refused, StateWord, find};
 use crate::undo::undo_group;
 
 /// `dyni optimize --json`: the fields of `dyni apply --json` and these.
@@ -23,6 +25,10 @@ struct OptimizeReport {
     after: Layout,
     /// Hot functions that the plan leaves out.
     refused: Vec<Refused>,
+    /// What it was measured to gain; null if that could not be measured.
+    gain: Option<Estimate>,
+    /// Why not.
+    not_measured: Option<String>,
 }
 
 /// Does all of it.
@@ -44,14 +50,35 @@ pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failur
     store.keep_plan(&stored)?;
     // Children that were forked while it was recorded.
     group.refresh()?;
-    let applied = apply_group(&stored, &mut group, None, out)?;
-    out.report(&OptimizeReport { applied, record, before, after, refused });
+    let mut applier = Applier::new(&stored.plan, None)?;
+    let mut applied = apply_group_with(&mut applier, &Choice::All, &stored, &mut group, out)?;
+    let (gain, not_measured) = match pays::check(&applier, &stored, &mut group, args.duration, out)? {
+        Verdict::Pays(gain) => (Some(gain), None),
+        Verdict::TakenOut(gain) => {
+            applied.state = StateWord(State::Undynimized);
+            (Some(gain), None)
+        }
+        Verdict::Unknown(why) => (None, Some(why)),
+    };
+    out.report(&OptimizeReport { applied, record, before, after, refused, gain, not_measured });
     Ok(())
 }
 
 impl Report for OptimizeReport {
     fn text(&self, paint: Paint) -> String {
         let pages = format!("  hot code on {} pages before, {} after\n", self.before.pages, self.after.pages);
-        format!("{}{}{pages}", self.record.summary(paint), self.applied.text(paint))
+        let undone = self.applied.state.0 == State::Undynimized;
+        let gain = match (&self.gain, &self.not_measured) {
+            (Some(gain), _) if undone => {
+                let line = format!("it did not pay and was taken out again: gain {}", gain.ratio);
+                format!("  {}\n", paint.warn(&line))
+            }
+            (Some(gain), _) => format!("  gain {}\n", gain.ratio),
+            (None, why) => {
+                let why = why.as_deref().unwrap_or_default();
+                format!("  {}\n", paint.warn(&format!("whether it pays could not be measured: {why}")))
+            }
+        };
+        format!("{}{}{pages}{gain}", self.record.summary(paint), self.applied.text(paint))
     }
 }

@@ -83,6 +83,11 @@ impl Output {
         }
     }
 
+    /// For a step that is part of another: what went wrong is told by its result, and nothing else is.
+    pub const fn silent(self) -> Self {
+        Self { bars: false, verbose: 0, ..self }
+    }
+
     /// How many times `-v` was given.
     pub const fn verbose(self) -> u8 {
         self.verbose

@@ -1,12 +1,13 @@
 //! `dyni status`: what is optimised, read from the processes themselves. It stops nothing and changes nothing.
 
-use dyni_applier::{ModuleStatus, Status};
+use dyni_applier::{ModuleStatus, State, Status};
 use dyni_collector::{Group, Target};
 use serde::Serialize;
 
 use crate::cli::StatusArgs;
 use crate::duration::human_ns;
 use crate::errors::Failure;
+use crate::gain::Ratio;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 use crate::targets::{Refused, StateWord, combined, find, has_ended, root_first, state_line};
 
@@ -50,6 +51,8 @@ struct ModuleReport {
     stop_ns: u64,
     threads: u64,
     applied_at_s: u64,
+    /// Work per CPU time, divided by that of the original code, as `optimize` measured it; null if it did not.
+    gain: Option<Ratio>,
     refused: Vec<Refused>,
 }
 
@@ -166,6 +169,7 @@ impl ModuleReport {
             stop_ns: m.stop.as_nanos() as u64,
             threads: m.threads,
             applied_at_s: m.applied_at_s,
+            gain: m.gain.map(Ratio::from),
             refused: Refused::of(&m.refused),
         }
     }
@@ -213,7 +217,9 @@ fn group_text(group: &[ProcessReport], verbose: bool, paint: Paint, text: &mut S
             ("stopped", Align::Right),
             ("plan", Align::Left),
         ]);
-        for m in &process.modules {
+        // Generations that were undone, or that only counted, are of interest where nothing else is there.
+        let in_force = process.modules.iter().any(|m| m.patches_in_force > 0);
+        for m in process.modules.iter().filter(|m| verbose || !in_force || m.patches_in_force > 0) {
             table.row([
                 m.name.clone(),
                 m.state.to_string(),
@@ -227,6 +233,11 @@ fn group_text(group: &[ProcessReport], verbose: bool, paint: Paint, text: &mut S
         }
         if !table.is_empty() {
             text.push_str(&table.render("  ", paint));
+        }
+        let dynimized = process.modules.iter().filter(|m| m.state.0 == State::Dynimized);
+        // Modules of one plan were measured together.
+        if let Some(gain) = dynimized.filter_map(|m| m.gain).next_back() {
+            text.push_str(&format!("  gain {gain}\n"));
         }
         if verbose {
             for m in process.modules.iter() {
@@ -249,7 +260,6 @@ fn group_text(group: &[ProcessReport], verbose: bool, paint: Paint, text: &mut S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dyni_applier::State;
 
     fn process(pid: i32, root: i32, state: State) -> ProcessReport {
         ProcessReport {

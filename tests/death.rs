@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use common::build::{self, variant};
-use common::dyni::Dyni;
+use common::dyni::{Dyni, Outcome};
 use common::memory::Text;
 use common::process::{Victim, verify};
 use common::rng::Rng;
@@ -43,7 +43,7 @@ impl<'a> Case<'a> {
         self.victim.assert_serving(when);
         let changed = self.text.patches(pid);
         let state = self.dyni.state(pid);
-        let says = state == "dynimized" || state == "partly dynimized";
+        let says = ["dynimized", "partly dynimized", "profiling"].contains(&&*state);
         assert_eq!(says, !changed.is_empty(), "{when}: status says {state:?}, the text differs at {changed:x?}");
         // Nothing to undo may be said with 3.
         self.dyni.undo(pid).expect(if says { &[0] } else { &[0, 3] });
@@ -75,19 +75,30 @@ fn failpoints(dyni: &Dyni) -> Result<Vec<String>, String> {
     if points.is_empty() { Err("dyni lists no failpoints".into()) } else { Ok(points) }
 }
 
+/// The commands on whose way a failpoint may be.
+fn verbs(point: &str) -> &'static [&'static str] {
+    if point.starts_with("swap:") { &["optimize"] } else { &["apply", "undo"] }
+}
+
+fn run_failing(dyni: &Dyni, point: &str, verb: &str, pid: i32) -> Outcome {
+    let pid = pid.to_string();
+    let duration: &[&str] = if verb == "optimize" { &["--duration", "300ms"] } else { &[] };
+    dyni.run_failing(point, &[&[verb, "-p", &pid], duration].concat())
+}
+
 /// Walks all failpoints of `apply` and `undo` and returns how many were on the way.
 fn walk(name: &'static str) -> Result<usize, String> {
     let dyni = plan(name)?;
     let points = failpoints(&dyni)?;
     let mut reached = Vec::new();
     for point in &points {
-        for verb in ["apply", "undo"] {
+        for verb in verbs(point) {
             let mut case = Case::new(name, &dyni)?;
             let pid = case.victim.pid();
-            if verb == "undo" {
+            if *verb == "undo" {
                 dyni.apply(pid).expect_done();
             }
-            let out = dyni.run_failing(point, &[verb, "-p", &pid.to_string()]);
+            let out = run_failing(&dyni, point, verb, pid);
             if out.was_killed() {
                 reached.push(format!("{verb}:{point}"));
                 case.assert_recovers(&format!("{name}: dyni killed at {point} of {verb}"));
@@ -151,14 +162,14 @@ fn kill_target(name: &'static str) -> Result<(), String> {
     let dyni = plan(name)?;
     let mut reached = 0;
     for point in &failpoints(&dyni)? {
-        for verb in ["apply", "undo"] {
+        for verb in verbs(point) {
             let mut victim = start(name)?;
             let pid = victim.pid();
-            if verb == "undo" {
+            if *verb == "undo" {
                 dyni.apply(pid).expect_done();
                 victim.assert_alive("after apply");
             }
-            let out = dyni.run_failing(&format!("{point}:kill-target"), &[verb, "-p", &pid.to_string()]);
+            let out = run_failing(&dyni, &format!("{point}:kill-target"), verb, pid);
             if out.code() == Some(0) {
                 // Not on the way, or after the last look at the target: then it was done before the target died.
                 continue;

@@ -87,7 +87,8 @@ fn count_module(module: &Module<'_>, seen: &ModuleProfile, profile: &Profile, op
         wave = next.into_iter().map(|index| (index, 0)).collect();
     }
     layouts.sort_by_key(|l| l.function.start);
-    layouts.par_iter().map(|l| function_plan(module.image, l)).collect()
+    layouts.par_iter_mut().for_each(|l| l.probes = probes_of(module.image, l));
+    layouts.par_iter().map(|l| plan::function_plan(l, function_hash(module.image, &l.function))).collect()
 }
 
 /// The functions that a function calls, or jumps to, where it is not about to fail.
@@ -102,15 +103,9 @@ fn callees(layout: &FunctionLayout) -> impl Iterator<Item = LinkAddr> + '_ {
     })
 }
 
-/// All of the function as it is, with the probes that its counts need.
-fn function_plan(image: &Image, layout: &FunctionLayout) -> FunctionPlan {
-    let countable = |b: usize| {
-        let block = &layout.cfg.blocks[b];
-        let copied = layout.order.binary_search(&(b as u32)).is_ok();
-        let bytes = || image.bytes(block.start, (block.end.0 - block.start.0) as usize);
-        copied && bytes().is_some_and(|bytes| probes::place(bytes, block.start).is_some())
-    };
+/// The blocks that must be counted for all counts to be known.
+fn probes_of(image: &Image, layout: &FunctionLayout) -> Vec<u32> {
+    let countable = |b: usize| layout.order.binary_search(&(b as u32)).is_ok() && layout.can_count(image, b as u32);
     let chosen = probes::choose(&layout.cfg, &countable, &|b| layout.flow.nodes[b]);
-    let probes = chosen.iter().map(|&b| layout.offset(b as u32)).collect();
-    FunctionPlan { probes, ..plan::function_plan(layout, function_hash(image, &layout.function)) }
+    chosen.into_iter().map(|b| b as u32).collect()
 }

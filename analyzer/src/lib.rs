@@ -20,3 +20,4 @@ pub mod stats;
 pub mod targets;
 #[cfg(test)]
 mod testing;
+pub mod yardstick;

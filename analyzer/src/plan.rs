@@ -12,6 +12,7 @@ use crate::passes::{self, FunctionLayout, Pass, PassSet, PassStats};
 use crate::refuse::{self, Runtime};
 use crate::stats::{LayoutStats, Places};
 use crate::targets::TargetIndex;
+use crate::yardstick;
 use dyni_schema::{
     BuildId, FunctionIndex, FunctionPlan, Invalid, LinkAddr, ModulePlan, ModuleProfile, Plan, PlanKind, Profile,
 };
@@ -268,6 +269,7 @@ fn analyze_module(
         }
         layouts.push(layout);
     }
+    yardstick::choose(module.image, &mut layouts);
     let mut order: Vec<u32> = (0..layouts.len() as u32).collect();
     if options.passes.has(Pass::CdSort) {
         let (sorted, stats) = passes::cdsort::run(&layouts, evidence);
@@ -317,7 +319,7 @@ pub(crate) fn lay_out(
     Ok((layout, stats))
 }
 
-/// A function's part of a plan, without probes.
+/// A function's part of a plan.
 pub(crate) fn function_plan(layout: &FunctionLayout, hash: dyni_schema::FunctionHash) -> FunctionPlan {
     FunctionPlan {
         start: layout.function.start.0,
@@ -326,7 +328,7 @@ pub(crate) fn function_plan(layout: &FunctionLayout, hash: dyni_schema::Function
         blocks: layout.order.iter().map(|&b| layout.offset(b)).collect(),
         hot: layout.hot as u32,
         entries: layout.entries.iter().map(|&b| layout.offset(b)).collect(),
-        probes: Vec::new(),
+        probes: layout.probes.iter().map(|&b| layout.offset(b)).collect(),
         weight: layout.weight,
     }
 }

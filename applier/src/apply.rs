@@ -1,9 +1,12 @@
 //! Applying a plan to processes: prepared once, installed in each.
 
+use crate::enter::Choice;
 use crate::error::ApplyError;
+use crate::gain::{self, Gain};
 use crate::generation::{Generation, Library, prepare};
-use crate::install::{Applied, Choice, install};
+use crate::install::{Applied, install};
 use crate::status::{State, status};
+use crate::swap::Swap;
 use dyni_schema::Plan;
 use dyni_schema::envelope::{content_id, seal};
 use std::collections::HashSet;
@@ -95,6 +98,26 @@ impl<'p> Applier<'p> {
         self.apply_living(pid, choice).map_err(|e| e.or_death(pid))
     }
 
+    /// Lets this plan (0) and that of another applier (1) take turns in process `pid`, into which both were applied.
+    ///
+    /// # Errors
+    /// [`ApplyError::Changed`] if they were not. Otherwise as [`Applier::apply`].
+    pub fn swap<'a>(&'a self, other: &'a Applier<'_>, pid: i32) -> Result<Swap<'a>, ApplyError> {
+        Swap::open(pid, [self.variants(), other.variants()]).map_err(|e| e.or_death(pid))
+    }
+
+    fn variants(&self) -> [&[Generation]; 2] {
+        [&self.told.generations, &self.untold.generations]
+    }
+
+    /// Notes in process `pid`, for `status`, what it was measured to gain by this plan; nothing if it does not hold it.
+    ///
+    /// # Errors
+    /// The process is gone, not ours to write to, or another dyni is at work on it.
+    pub fn note_gain(&self, pid: i32, gain: Gain) -> Result<(), ApplyError> {
+        gain::note(pid, self.id, gain).map_err(|e| e.or_death(pid))
+    }
+
     fn apply_living(&mut self, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
         let now = status(pid)?;
         if now.modules.iter().any(|m| m.state != State::Undynimized && m.plan != self.id) {
@@ -117,13 +140,13 @@ impl<'p> Applier<'p> {
     fn apply_variant(&mut self, pid: i32, tell_unwinder: bool, choice: &Choice) -> Result<Applied, ApplyError> {
         let variant = if tell_unwinder { &mut self.told } else { &mut self.untold };
         if !variant.generations.is_empty() {
-            match install(pid, &variant.generations, choice) {
+            match install(pid, &variant.generations, choice, &mut self.library.unwinders) {
                 Ok(applied) if !applied.modules.is_empty() => return Ok(applied),
                 Ok(_) | Err(ApplyError::Changed(_)) => {}
                 Err(e) => return Err(e),
             }
         }
         variant.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
-        install(pid, &variant.generations, choice)
+        install(pid, &variant.generations, choice, &mut self.library.unwinders)
     }
 }

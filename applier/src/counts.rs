@@ -1,10 +1,10 @@
-//! Reading the counters of a counting generation, from outside and while they count.
+//! Reading the counters of generations that count, from outside and while they do.
 
 use crate::error::ApplyError;
 use crate::ledger::{self, Entry};
 use crate::remote::Memory;
 use dyni_collector::maps::{self, FileId, Mapping};
-use dyni_schema::{BuildId, LinkAddr};
+use dyni_schema::{BuildId, LinkAddr, RunAddr};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// The counters of one mapping: those of a process, shared with the children that it has forked since.
@@ -18,28 +18,58 @@ pub struct Counters {
     blocks: Vec<(LinkAddr, u32, u64)>,
 }
 
-/// The counters that process `pid` has mapped; none if it holds no counting generation.
+/// The counters that process `pid` has mapped; none if no generation in it counts.
 ///
 /// # Errors
 /// The process is gone, or not ours to read.
 pub fn counters(pid: i32) -> Result<Vec<Counters>, ApplyError> {
-    let memory = Memory::open_read_only(pid)?;
-    let maps = maps::mappings(pid)?;
-    let (entries, _) = ledger::find(pid, &maps, &memory);
-    Ok(entries.iter().filter_map(|e| read(e, &maps, &memory)).collect())
+    Ok(CounterReader::open(pid)?.read())
 }
 
-fn read(entry: &Entry, maps: &[Mapping], memory: &Memory) -> Option<Counters> {
+/// Where the counters of a process are: found once, to be read at a moment of one's choice.
+#[derive(Debug)]
+pub struct CounterReader {
+    memory: Memory,
+    /// Each mapping of counters: where it is, and what it says but for the counts.
+    mapped: Vec<(RunAddr, Counters)>,
+}
+
+impl CounterReader {
+    /// Finds those that process `pid` has mapped now.
+    ///
+    /// # Errors
+    /// The process is gone, or not ours to read.
+    pub fn open(pid: i32) -> Result<Self, ApplyError> {
+        let memory = Memory::open_read_only(pid)?;
+        let maps = maps::mappings(pid)?;
+        let (entries, _) = ledger::find(pid, &maps, &memory);
+        let mapped = entries.iter().filter_map(|e| find(e, &maps)).collect();
+        Ok(Self { memory, mapped })
+    }
+
+    /// Reads them; none of a process that has ended.
+    #[must_use]
+    pub fn read(&self) -> Vec<Counters> {
+        let counted = |(at, counters): &(RunAddr, Counters)| {
+            let bytes = self.memory.read_vec(*at, counters.blocks.len() * 8).ok()?;
+            let mut counters = counters.clone();
+            for (block, count) in counters.blocks.iter_mut().zip(bytes.chunks_exact(8)) {
+                block.2 = u64::from_le_bytes(count.try_into().expect("eight bytes"));
+            }
+            Some(counters)
+        };
+        self.mapped.iter().filter_map(counted).collect()
+    }
+}
+
+fn find(entry: &Entry, maps: &[Mapping]) -> Option<(RunAddr, Counters)> {
     let ledger = &entry.ledger;
     let range = ledger.counters..ledger.counters + ledger.counters_size();
     let map = maps.iter().find(|m| ledger.counters != 0 && m.range == range && m.shared)?;
-    let bytes = memory.read_vec(dyni_schema::RunAddr(ledger.counters), ledger.counted.len() * 8).ok()?;
-    let values = bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes")));
-    let blocks = ledger.counted.iter().zip(values).filter_map(|(&at, count)| {
-        let block = ledger.block_original.binary_search(&at).ok()?;
-        Some((LinkAddr(at), ledger.block_size[block], count))
-    });
-    Some(Counters { mapping: map.file, build_id: ledger.build_id.clone(), blocks: blocks.collect() })
+    let size = |at| ledger.block_original.binary_search(at).map_or(0, |block| ledger.block_size[block]);
+    let blocks = ledger.counted.iter().map(|at| (LinkAddr(*at), size(at), 0)).collect();
+    let counters = Counters { mapping: map.file, build_id: ledger.build_id.clone(), blocks };
+    Some((RunAddr(ledger.counters), counters))
 }
 
 /// What was counted between two looks at the counters of some processes.

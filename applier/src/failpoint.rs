@@ -5,7 +5,7 @@
 
 use std::sync::LazyLock;
 
-/// Every fail point, in the order in which an apply and then an undo pass them.
+/// Every fail point, in the order in which an apply, a change to another plan and then an undo pass them.
 pub const FAILPOINTS: &[&str] = &[
     "apply:locked",
     "remote:stopped",
@@ -29,6 +29,10 @@ pub const FAILPOINTS: &[&str] = &[
     "apply:patched",
     "apply:resumed",
     "apply:done",
+    "swap:stopped",
+    "swap:half-out",
+    "swap:out",
+    "swap:in",
     "undo:locked",
     "undo:stopped",
     "undo:half-restored",

@@ -11,7 +11,7 @@ use crate::ledger::{self, Ledger, PATCH};
 use crate::lower::{COUNTER, Emission, Source, Unlowered, lower};
 use crate::place::{AddressSpace, HUGE};
 use crate::remote::{Memory, function};
-use crate::unwind::unwinder::{self, NoUnwinder};
+use crate::unwind::unwinder::{NoUnwinder, Unwinders};
 use crate::unwind::{self, UnwindRefusal};
 use crate::written;
 use dyni_analyzer::cfg::{self, Block, Cfg, GiveUp, Terminator};
@@ -20,7 +20,7 @@ use dyni_analyzer::image::Image;
 use dyni_analyzer::refuse::{self, FunctionSet};
 use dyni_analyzer::targets::TargetIndex;
 use dyni_collector::maps::{self, MappedModule};
-use dyni_schema::{BuildId, CacheAddr, FunctionPlan, LinkAddr, ModulePlan, Plan, RunAddr};
+use dyni_schema::{BuildId, CacheAddr, FunctionPlan, LinkAddr, ModulePlan, Plan, PlanKind, RunAddr};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
@@ -53,6 +53,8 @@ enum Unwinding {
 pub(crate) struct Generation {
     pub plan: [u8; 32],
     pub program: String,
+    /// Whether it is there to count, not to be fast.
+    pub counting: bool,
     pub build_id: BuildId,
     pub name: String,
     /// The cache's link address.
@@ -81,11 +83,14 @@ impl Refused {
 
 /// What was recovered from each build that has been met: files are read once for a whole process group.
 #[derive(Debug, Default)]
-pub(crate) struct Library(HashMap<BuildId, Recovered>);
+pub(crate) struct Library {
+    modules: HashMap<BuildId, Recovered>,
+    pub unwinders: Unwinders,
+}
 
 impl Library {
     fn get(&mut self, pid: i32, module: &MappedModule) -> Result<&Recovered, ApplyError> {
-        if !self.0.contains_key(&module.build_id) {
+        if !self.modules.contains_key(&module.build_id) {
             let fail = |why: String| ApplyError::Module { module: module.name.clone(), why };
             let file = module.file.as_ref().ok_or_else(|| fail("its file can't be opened".to_owned()))?;
             let bytes = std::fs::read(file).map_err(|e| match e.kind() {
@@ -100,9 +105,9 @@ impl Library {
             let functions = Functions::find(&image);
             let targets = TargetIndex::build(&image, &functions);
             let may_unwind = OnceLock::new();
-            self.0.insert(module.build_id.clone(), Recovered { image, functions, targets, may_unwind });
+            self.modules.insert(module.build_id.clone(), Recovered { image, functions, targets, may_unwind });
         }
-        Ok(&self.0[&module.build_id])
+        Ok(&self.modules[&module.build_id])
     }
 }
 
@@ -126,7 +131,7 @@ pub(crate) fn prepare(
     let mut met = false;
     let mut reasons = Refused::default();
     let mut fuel = fuel.unwrap_or(usize::MAX);
-    let unwinding = match unwinder::find(pid, &modules) {
+    let unwinding = match library.unwinders.find(pid, &modules) {
         Ok(_) if tell_unwinder => Unwinding::Told,
         Err(NoUnwinder::NotThere) => Unwinding::NotTold { others_throw: false },
         _ => Unwinding::NotTold { others_throw: true },
@@ -259,6 +264,7 @@ fn place(
     Ok(Some(Generation {
         plan: plan_id,
         program: plan.program.clone(),
+        counting: plan.kind == PlanKind::Counting,
         build_id: part.build_id.clone(),
         name: module.name.clone(),
         cache,
@@ -424,6 +430,7 @@ impl Generation {
             replacements: self.patches.iter().map(|p| p.2).collect(),
             escapes: self.emission.escapes.iter().map(|e| e.0).collect(),
             borrowed_pages: vec![borrowed_page.0],
+            counting: self.counting,
             counters: if counted.is_empty() { 0 } else { self.emission.counters.at.run(module.bias).0 },
             counted,
             unwind: self.unwind.map_or(0, |at| self.cache.plus(at.0).run(module.bias).0),

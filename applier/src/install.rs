@@ -9,21 +9,21 @@
 //!
 //! Everything slow is in 1 and 2. In the stop there is no mapping, no allocation in the target and no system call of it.
 
-use crate::check::{Originals, pairs};
+use crate::check::Originals;
+use crate::enter::{Choice, Edits, Site, escapes};
 use crate::error::ApplyError;
 use crate::generation::Generation;
-use crate::ledger::{self, Entry, Journal, Ledger, PATCH};
+use crate::ledger::{self, Entry, Journal, Ledger};
 use crate::lock::Lock;
-use crate::patch::{self, Edit};
+use crate::patch;
 use crate::place::AddressSpace;
 use crate::remote::function::CallError;
 use crate::remote::{Caller, Memory, RemoteError, Stopped, in_own_thread};
 use crate::unwind::register::{self, RegisterError};
-use crate::unwind::unwinder;
+use crate::unwind::unwinder::Unwinders;
 use crate::{failpoint, huge, room, written};
 use dyni_collector::maps::{self, MappedModule, Mapping};
-use dyni_schema::{BuildId, LinkAddr, RunAddr};
-use std::collections::{BTreeMap, BTreeSet};
+use dyni_schema::{LinkAddr, RunAddr};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long it is tried to stop a process that has threads in uninterruptible waits.
@@ -66,58 +66,33 @@ pub struct Applied {
     pub moved: usize,
 }
 
-/// Which of a generation's patches are to be put in force.
-#[derive(Debug, Clone)]
-pub enum Choice {
-    /// All.
-    All,
-    /// Those at the entries of functions.
-    Entries,
-    /// All of the functions that hold any of these places, by module; none of the others.
-    FunctionsWith(BTreeMap<BuildId, BTreeSet<LinkAddr>>),
-}
-
-impl Choice {
-    /// Whether each patch of a ledger is chosen.
-    fn of(&self, ledger: &Ledger) -> Vec<bool> {
-        let function = |at: u64| ledger.functions.partition_point(|&f| f <= at).checked_sub(1);
-        let chosen = |&at: &u64| match self {
-            Self::All => true,
-            Self::Entries => ledger.functions.binary_search(&at).is_ok(),
-            Self::FunctionsWith(places) => function(at).is_some_and(|f| {
-                let range =
-                    LinkAddr(ledger.functions[f])..LinkAddr(ledger.functions[f] + u64::from(ledger.function_sizes[f]));
-                places.get(&ledger.build_id).is_some_and(|places| places.range(range).next().is_some())
-            }),
-        };
-        ledger.patches.iter().map(chosen).collect()
-    }
-}
-
-/// A generation in the process at hand.
-struct Site<'a> {
-    generation: &'a Generation,
-    bias: u64,
-    entry: Entry,
-}
-
 /// Installs generations in process `pid`, all of them in one stop.
 ///
 /// # Errors
 /// [`ApplyError::Changed`] if the process is not as the generations were prepared for (its text differs, or the place
 /// for a cache is taken): prepare them for this process and try again. Otherwise why it can't be done.
-pub(crate) fn install(pid: i32, generations: &[Generation], choice: &Choice) -> Result<Applied, ApplyError> {
-    in_own_thread(|| install_here(pid, generations, choice))
+pub(crate) fn install(
+    pid: i32,
+    generations: &[Generation],
+    choice: &Choice,
+    unwinders: &mut Unwinders,
+) -> Result<Applied, ApplyError> {
+    in_own_thread(|| install_here(pid, generations, choice, unwinders))
 }
 
-fn install_here(pid: i32, generations: &[Generation], choice: &Choice) -> Result<Applied, ApplyError> {
+fn install_here(
+    pid: i32,
+    generations: &[Generation],
+    choice: &Choice,
+    unwinders: &mut Unwinders,
+) -> Result<Applied, ApplyError> {
     let _lock = Lock::take(pid)?.ok_or(ApplyError::Locked(pid))?;
     failpoint::pass("apply:locked", pid);
     let memory = Memory::open(pid)?;
     let maps = maps::mappings(pid)?;
     let modules = maps::ModuleReader::default().of(pid, &maps);
     let (entries, _) = ledger::find(pid, &maps, &memory);
-    let old_escapes: BTreeSet<RunAddr> = entries.iter().flat_map(escapes).collect();
+    let old_escapes = escapes(&entries);
     let room = room::find(pid, &memory)?;
     let caller = Caller::new(pid, &memory, room.at);
 
@@ -132,31 +107,18 @@ fn install_here(pid: i32, generations: &[Generation], choice: &Choice) -> Result
             Some(entry) => entry.clone(),
             None => map_in(wanted, generation, &maps, &memory, &caller, pid)?,
         };
-        tell_unwinder(pid, &modules, &memory, &mut entry)?;
+        tell_unwinder(pid, &modules, &memory, &mut entry, unwinders)?;
         failpoint::pass("apply:unwinder-told", pid);
         sites.push(Site { generation, bias: module.bias, entry });
     }
 
-    let mut edits: Vec<(usize, Edit)> = Vec::new();
-    let mut dropped = vec![0u32; sites.len()];
-    for (index, site) in sites.iter().enumerate() {
-        let chosen = choice.of(&site.entry.ledger);
-        for (at, from, to) in site.entry.ledger.patches().zip(&chosen).filter(|c| *c.1).map(|c| c.0) {
-            // Copies of an earlier generation may still run, and escape to the middle of this patch.
-            if old_escapes.range(at.plus(1)..at.plus(PATCH as u64)).next().is_some() {
-                dropped[index] += 1;
-            } else {
-                edits.push((index, Edit { at, from, to }));
-            }
-        }
-    }
-    edits.sort_by_key(|(_, edit)| edit.at);
+    let mut edits = Edits::of(&sites, choice, &old_escapes);
     // From here on the ledger stays: it tells which pages are private because of us.
     for site in &mut sites {
         let entered = Journal { entered: 1, ..site.entry.journal };
         site.entry.write_journal(&memory, entered)?;
     }
-    patch::touch(&memory, &edits.iter().map(|(_, edit)| *edit).collect::<Vec<_>>())?;
+    patch::touch(&memory, &edits.all)?;
     failpoint::pass("apply:pages-touched", pid);
 
     let mut stopped = Stopped::all(pid, STOP_PATIENCE)?;
@@ -166,23 +128,14 @@ fn install_here(pid: i32, generations: &[Generation], choice: &Choice) -> Result
             return Err(ApplyError::Changed(pid));
         }
     }
-    let places: Vec<RunAddr> = edits.iter().map(|(_, edit)| edit.at).collect();
-    let mut unsafe_now = patch::pointed_into(&stopped, &memory, &maps, &places);
-    let moved = move_in(&mut stopped, &sites, &memory, &places, &mut unsafe_now)?;
-    failpoint::pass("apply:threads-moved", pid);
-    for (index, _) in edits.extract_if(.., |(_, edit)| unsafe_now.contains(&edit.at)) {
-        dropped[index] += 1;
-    }
-    let flat: Vec<Edit> = edits.iter().map(|(_, edit)| *edit).collect();
-    let written = patch::write(&stopped, &memory, &flat, "apply:half-patched")?;
-    failpoint::pass("apply:patched", pid);
+    let moved = edits.enter(&mut stopped, &sites, &memory, &maps)?;
     let threads = stopped.threads.len();
     let stop = stopped.resume();
     failpoint::pass("apply:resumed", pid);
 
     let mut applied = Applied { pid, modules: Vec::new(), stop, threads, moved };
     for (index, site) in sites.iter_mut().enumerate() {
-        let patches = edits.iter().zip(&written).filter(|((i, _), done)| *i == index && **done).count();
+        let patches = edits.in_force[index];
         let journal = Journal {
             applied: patches as u64,
             stop_ns: stop.as_nanos() as u64,
@@ -192,11 +145,9 @@ fn install_here(pid: i32, generations: &[Generation], choice: &Choice) -> Result
         };
         site.entry.write_journal(&memory, journal)?;
         let mut refused = site.entry.ledger.refused.clone();
-        if dropped[index] > 0 {
-            refused.push((
-                "a thread or an older copy was about to return into the patched bytes".to_owned(),
-                dropped[index],
-            ));
+        if edits.dropped[index] > 0 {
+            let reason = "a thread or an older copy was about to return into the patched bytes";
+            refused.push((reason.to_owned(), edits.dropped[index]));
         }
         applied.modules.push(AppliedModule {
             name: site.generation.name.clone(),
@@ -211,11 +162,6 @@ fn install_here(pid: i32, generations: &[Generation], choice: &Choice) -> Result
     }
     failpoint::pass("apply:done", pid);
     Ok(applied)
-}
-
-/// The run addresses to which the copies of a generation in the process may jump.
-fn escapes(entry: &Entry) -> impl Iterator<Item = RunAddr> + '_ {
-    entry.ledger.escapes.iter().map(|&at| LinkAddr(at).run(entry.ledger.bias))
 }
 
 /// Whether this process has, for every function of the generation, the very bytes that the copies were made from, in
@@ -238,7 +184,7 @@ fn text_is_original(
 }
 
 /// Whether this generation of the process is the one wanted, whole, so that only its patches have to be written again.
-fn is_same(entry: &Entry, wanted: &Ledger, memory: &Memory) -> bool {
+pub(crate) fn is_same(entry: &Entry, wanted: &Ledger, memory: &Memory) -> bool {
     let has = &entry.ledger;
     let same = (has.plan, &has.build_id, has.bias, has.code_hash, has.code_size, &has.patches)
         == (wanted.plan, &wanted.build_id, wanted.bias, wanted.code_hash, wanted.code_size, &wanted.patches);
@@ -247,7 +193,13 @@ fn is_same(entry: &Entry, wanted: &Ledger, memory: &Memory) -> bool {
 }
 
 /// Tells the process's unwinder of the copies of a generation that has unwind data.
-fn tell_unwinder(pid: i32, modules: &[MappedModule], memory: &Memory, entry: &mut Entry) -> Result<(), ApplyError> {
+fn tell_unwinder(
+    pid: i32,
+    modules: &[MappedModule],
+    memory: &Memory,
+    entry: &mut Entry,
+    unwinders: &mut Unwinders,
+) -> Result<(), ApplyError> {
     let Some(place) = entry.unwind_place() else { return Ok(()) };
     if register::is_registered(memory, &place)? {
         return Ok(());
@@ -256,7 +208,7 @@ fn tell_unwinder(pid: i32, modules: &[MappedModule], memory: &Memory, entry: &mu
         RegisterError::Remote(e) => e.into(),
         e => ApplyError::UnwinderNotTold { pid, why: e.to_string() },
     };
-    let unwinder = unwinder::find(pid, modules).map_err(|e| failed(RegisterError::NoUnwinder(e)))?;
+    let unwinder = unwinders.find(pid, modules).map_err(|e| failed(RegisterError::NoUnwinder(e)))?;
     // What the unwinder knows of must never be unmapped.
     let before = entry.journal;
     entry.write_journal(memory, Journal { entered: 1, ..before })?;
@@ -346,55 +298,6 @@ pub(crate) fn unmap_ledger(memory: &Memory, caller: &Caller<'_>, entry: &Entry) 
     if entry.ledger.unwind_data != 0 {
         let data = [entry.ledger.unwind_data, register::data_len(), 0, 0, 0, 0];
         let _ = caller.call("munmap", libc::SYS_munmap, data);
-    }
-}
-
-/// Moves each thread that stands in a copied block to the same place in the copy; how many. A thread that stands inside
-/// bytes to be patched and can't be moved makes that patch unsafe.
-fn move_in(
-    stopped: &mut Stopped,
-    sites: &[Site<'_>],
-    memory: &Memory,
-    places: &[RunAddr],
-    unsafe_now: &mut BTreeSet<RunAddr>,
-) -> Result<usize, RemoteError> {
-    let mut moved = 0;
-    for thread in &mut stopped.threads {
-        let rip = thread.rip();
-        // After a system call that may be restarted, RIP goes back over the instruction; patches leave those alone.
-        let copy = (!thread.in_syscall()).then(|| sites.iter().find_map(|s| s.copy_of(rip, memory))).flatten();
-        if let Some(copy) = copy {
-            thread.set_rip(copy)?;
-            moved += 1;
-        } else if let Some(&place) = places.get(places.partition_point(|p| *p < rip).wrapping_sub(1))
-            && rip.distance(place) < PATCH as i64
-        {
-            unsafe_now.insert(place);
-        }
-    }
-    Ok(moved)
-}
-
-impl Site<'_> {
-    /// The place in the copy that means the same as `rip`, if `rip` is in a copied block and the block is there: the
-    /// module may have been unloaded since, and another one mapped at its place.
-    fn copy_of(&self, rip: RunAddr, memory: &Memory) -> Option<RunAddr> {
-        let at = rip.link(self.bias);
-        let blocks = &self.generation.emission.blocks;
-        let block = &blocks[blocks.partition_point(|b| b.original <= at).checked_sub(1)?];
-        if at >= block.original.plus(u64::from(block.size)) {
-            return None;
-        }
-        let original = self.generation.originals.bytes(block.original, block.size as usize)?;
-        if memory.read_vec(block.original.run(self.bias), original.len()).ok()? != original {
-            return None;
-        }
-        let cache = self.generation.cache;
-        let emission = &self.generation.emission;
-        let (code, counters) = (&emission.code, &emission.counters);
-        let pairs = pairs(code, cache, blocks, block, counters, &self.generation.originals).ok()?;
-        let pair = pairs.iter().find(|p| p.original == at)?;
-        Some(cache.plus(pair.copy.0).run(self.bias))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What was done to a process, from the process alone: its ledgers and its text.
 
 use crate::error::ApplyError;
+use crate::gain::Gain;
 use crate::ledger::{self, Entry};
 use crate::remote::Memory;
 use dyni_collector::maps;
@@ -61,6 +62,8 @@ pub struct ModuleStatus {
     pub threads: u64,
     /// When, seconds since 1970-01-01 UTC; 0 if it never was.
     pub applied_at_s: u64,
+    /// What the program was measured to gain by it; `None` if it was not measured.
+    pub gain: Option<Gain>,
     /// Why functions of the plan are not in it: the reason, and how many.
     pub refused: Vec<(String, u32)>,
     /// Its state alone.
@@ -111,7 +114,7 @@ fn of_entry(entry: &Entry, memory: &Memory) -> ModuleStatus {
     let in_force = entry.in_force(memory);
     let state = match in_force {
         0 => State::Undynimized,
-        _ if ledger.counters != 0 => State::Profiling,
+        _ if ledger.counting => State::Profiling,
         n if n as u64 == journal.applied => State::Dynimized,
         _ => State::PartlyDynimized,
     };
@@ -129,6 +132,7 @@ fn of_entry(entry: &Entry, memory: &Memory) -> ModuleStatus {
         stop: Duration::from_nanos(journal.stop_ns),
         threads: journal.threads,
         applied_at_s: journal.applied_at_s,
+        gain: Gain::of(journal),
         refused: ledger.refused.clone(),
         state,
     }

@@ -51,7 +51,7 @@ fn undo_here(pid: i32) -> Result<Undone, ApplyError> {
     for entry in &entries {
         if entry.in_force(&memory) > 0 {
             done.modules.push(entry.ledger.module.clone());
-            edits.extend(entry.ledger.patches().map(|(at, original, jump)| Edit { at, from: jump, to: original }));
+            edits.extend(taking_out(entry));
         }
     }
     let leftovers = room::has_leftovers(pid, &memory);
@@ -71,7 +71,7 @@ fn undo_here(pid: i32) -> Result<Undone, ApplyError> {
     }
     done.patches = patch::write(&stopped, &memory, &edits, "undo:half-restored")?.iter().filter(|d| **d).count();
     failpoint::pass("undo:restored", pid);
-    done.moved = move_out(&mut stopped, &memory, &entries)?;
+    done.moved = move_out(&mut stopped, &memory, entries.iter())?;
     failpoint::pass("undo:threads-moved", pid);
     for entry in &mut entries {
         let journal = Journal { applied: 0, ..entry.journal };
@@ -80,6 +80,11 @@ fn undo_here(pid: i32) -> Result<Undone, ApplyError> {
     done.stop = stopped.resume();
     failpoint::pass("undo:resumed", pid);
     Ok(done)
+}
+
+/// The edits that take a generation's patches out.
+pub(crate) fn taking_out(entry: &Entry) -> impl Iterator<Item = Edit> + '_ {
+    entry.ledger.patches().map(|(at, original, jump)| Edit { at, from: jump, to: original })
 }
 
 /// Unmaps what a dyni that died while preparing left: generations that no thread can ever have entered.
@@ -121,14 +126,18 @@ fn forget_unused(pid: i32, memory: &Memory, entries: &mut Vec<Entry>) {
 
 /// Moves each thread that stands in a copy to the same place in the original; how many. One that stands where the
 /// original has nothing (a jump that only the copy needed) stays: it leaves by itself.
-fn move_out(stopped: &mut Stopped, memory: &Memory, entries: &[Entry]) -> Result<usize, RemoteError> {
+pub(crate) fn move_out<'e>(
+    stopped: &mut Stopped,
+    memory: &Memory,
+    entries: impl Iterator<Item = &'e Entry> + Clone,
+) -> Result<usize, RemoteError> {
     let mut moved = 0;
     for thread in &mut stopped.threads {
         if thread.in_syscall() {
             continue;
         }
         let rip = thread.rip();
-        let original = entries.iter().find(|e| e.ledger.holds(rip)).and_then(|e| original_of(e, memory, rip));
+        let original = entries.clone().find(|e| e.ledger.holds(rip)).and_then(|e| original_of(e, memory, rip));
         if let Some(original) = original {
             thread.set_rip(original)?;
             moved += 1;

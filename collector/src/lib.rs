@@ -5,6 +5,7 @@
 //! - [`elf`], [`maps`]: the modules of a process, their load bias and build-id, and from a run address to a link address;
 //! - [`mod@record`]: a recording, by the best sampler that works here, as a [`dyni_schema::Profile`];
 //! - [`perf`], [`ptrace_sampler`]: the samplers; [`records`], [`branch`], [`attribution`]: their pure halves;
+//! - [`mod@cpu_time`]: what a process has used;
 //! - [`host`]: what the host offers and how to change it, for `dyni doctor`.
 //!
 //! Nothing here changes a target. What a target says about itself (its ELF headers, its maps) is untrusted: readers are
@@ -12,6 +13,7 @@
 
 pub mod attribution;
 pub mod branch;
+pub mod cpu_time;
 pub mod elf;
 pub mod group;
 pub mod host;
@@ -23,6 +25,7 @@ pub mod record;
 pub mod records;
 pub mod target;
 
+pub use cpu_time::cpu_time;
 pub use group::Group;
 pub use maps::{AddressMap, MappedModule, modules as modules_of};
 pub use record::{MethodChoice, Progress, RecordError, RecordOptions, Recording, StopReason, record};

@@ -34,7 +34,8 @@ pub struct FunctionPlan {
     /// Blocks of `blocks` whose originals are patched to jump to their copy, besides the entry: loop headers (so that
     /// code that never returns is caught) and targets of indirect jumps (so that an escape comes back). Sorted offsets.
     pub entries: Vec<u32>,
-    /// Blocks of `blocks` whose executions are counted; empty in a layout plan. Sorted offsets.
+    /// Blocks of `blocks` whose executions are counted: in a layout plan at most a few, by which it is measured whether
+    /// the plan pays. Sorted offsets.
     pub probes: Vec<u32>,
     /// How hot: the execution count (or samples) of the whole function. Decides who goes first when room runs out.
     pub weight: u64,
@@ -112,8 +113,6 @@ impl Plan {
             let mut spans: Vec<_> = m.functions.iter().map(|f| (f.start, u64::from(f.size))).collect();
             spans.sort_unstable();
             m.functions.iter().try_for_each(|f| f.validate(n))?;
-            let counting = self.kind == PlanKind::Counting;
-            check(counting || m.functions.iter().all(|f| f.probes.is_empty()), "a layout plan has probes", n)?;
             check(spans.windows(2).all(|w| w[0].0 + w[0].1 <= w[1].0), "two functions overlap", n)?;
         }
         Ok(())

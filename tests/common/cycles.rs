@@ -34,13 +34,16 @@ pub struct Effort {
     pub pause: Duration,
     /// How long to record.
     pub record: &'static str,
+    /// How long to record for an `optimize` at the end, which lets two generations take turns for twice as long.
+    pub optimize: Option<&'static str>,
 }
 
 impl Effort {
     /// For the compiler and level that stands for all.
-    pub const FULL: Self = Self { cycles: 50, pause: Duration::from_millis(30), record: "500ms" };
+    pub const FULL: Self =
+        Self { cycles: 50, pause: Duration::from_millis(30), record: "500ms", optimize: Some("300ms") };
     /// For the others: as many cycles, closer together.
-    pub const SHORT: Self = Self { cycles: 50, pause: Duration::from_millis(6), record: "250ms" };
+    pub const SHORT: Self = Self { cycles: 50, pause: Duration::from_millis(6), record: "250ms", optimize: None };
 
     /// `DYNI_TEST_CYCLES` overrides the count, for a soak or a quick look.
     fn cycles(self) -> u32 {
@@ -77,6 +80,7 @@ pub struct Run {
     stops: Vec<u64>,
     seen: (usize, usize),
     times: (Duration, Duration),
+    gain: String,
 }
 
 impl Run {
@@ -91,8 +95,23 @@ impl Run {
         let rewrites = own.is_some();
         let rng = Rng::new(&label);
         let (dyni, zero) = (Dyni::new(), Duration::ZERO);
-        let (stops, seen, times) = (Vec::new(), (0, 0), (zero, zero));
-        Self { label, victim, expect, effort, text, dyni, rng, rewrites, functions: 0, applied: 0, stops, seen, times }
+        let (stops, seen, times, gain) = (Vec::new(), (0, 0), (zero, zero), String::new());
+        Self {
+            label,
+            victim,
+            expect,
+            effort,
+            text,
+            dyni,
+            rng,
+            rewrites,
+            functions: 0,
+            applied: 0,
+            stops,
+            seen,
+            times,
+            gain,
+        }
     }
 
     /// All cycles, and the checksum at the end.
@@ -103,6 +122,9 @@ impl Run {
         self.make_plan();
         for cycle in 0..self.effort.cycles() {
             self.cycle(cycle);
+        }
+        if let Some(duration) = self.effort.optimize {
+            self.optimize(duration);
         }
         if let Some(guard) = guard {
             guard.assert_none();
@@ -159,6 +181,33 @@ impl Run {
         self.text.assert_protections(pid, &when("after undo"));
         if look {
             assert_eq!(self.dyni.state(pid), "undynimized", "{}", when("after undo"));
+        }
+    }
+
+    /// The main command, on a program that has been through it all. Whatever it finds that the plan gains, nothing of it
+    /// may be left after an undo.
+    fn optimize(&mut self, duration: &str) {
+        let pid = self.victim.pid();
+        let label = self.label.clone();
+        let out = self.dyni.run(&["optimize", "-p", &pid.to_string(), "--duration", duration, "--json"]);
+        self.victim.assert_alive(&format!("{label}, after optimize"));
+        let racing = self.expect == Expect::Racing || out.starved();
+        match self.expect {
+            _ if racing => out.expect(&[0, 1, 3]),
+            Expect::Maybe => out.expect(&[0, 3]),
+            _ => out.expect_done(),
+        }
+        if out.code() == Some(0) && !racing {
+            let json = out.json();
+            let changed = !self.text.patches(pid).is_empty();
+            assert_eq!(changed, json["state"] != "undynimized", "{label}: {out:#?}");
+            assert!(json["gain"].is_object() != json["not_measured"].is_string(), "{label}: {out:#?}");
+            assert!(changed || json["gain"]["ratio"].as_f64() < Some(1.0), "{label}: taken out for nothing: {out:#?}");
+            self.gain = format!("{} {}", json["gain"], json["not_measured"]);
+        }
+        self.dyni.undo(pid).expect(if racing { &[0, 1, 3] } else { &[0, 3] });
+        if self.expect == Expect::Racing {
+            self.assert_settles(&format!("{label}, after optimize and undo"));
         }
     }
 
@@ -225,7 +274,7 @@ impl Run {
             assert!(inside * 2 > all, "{}: the loop was seen in the copy {inside} times of {all}", self.label);
         }
         let exe = self.victim.exe.clone();
-        let Self { victim, label, .. } = self;
+        let Self { victim, label, gain, .. } = self;
         let tally = victim.finish();
         assert_eq!(tally, verify(&exe, tally.rounds), "{label}: wrong checksum");
         self.stops.sort_unstable();
@@ -234,7 +283,7 @@ impl Run {
         let each = |d: Duration| d.as_secs_f64() * 1e3 / f64::from(cycles.max(1));
         println!(
             "{label}: {}/{cycles} applied, {} functions, stop median {:.2} ms max {:.2} ms, apply {:.0} ms undo {:.0} ms, \
-             {}/{} in copies, {} rounds",
+             {}/{} in copies, {} rounds, gain {}",
             self.applied,
             self.functions,
             at(last / 2),
@@ -243,7 +292,8 @@ impl Run {
             each(self.times.1),
             self.seen.0,
             self.seen.1,
-            tally.rounds
+            tally.rounds,
+            gain
         );
     }
 }

@@ -5,6 +5,7 @@ use crate::exttsp::JumpKind;
 use crate::functions::Function;
 use crate::image::Image;
 use crate::infer::{Flow, Quality};
+use crate::probes;
 use dyni_schema::LinkAddr;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
@@ -57,6 +58,8 @@ pub struct FunctionLayout {
     pub hot: usize,
     /// Blocks to be patched besides the entry, ascending.
     pub entries: Vec<u32>,
+    /// Blocks to be counted, ascending.
+    pub probes: Vec<u32>,
 }
 
 impl FunctionLayout {
@@ -84,6 +87,7 @@ impl FunctionLayout {
             order: Vec::new(),
             hot: 0,
             entries: Vec::new(),
+            probes: Vec::new(),
             cfg,
         };
         layout.order = layout.reachable();
@@ -102,6 +106,14 @@ impl FunctionLayout {
     #[must_use]
     pub fn offset(&self, block: u32) -> u32 {
         (self.cfg.blocks[block as usize].start.0 - self.cfg.start.0) as u32
+    }
+
+    /// Whether there is a place in a block where a counter can be raised unseen.
+    #[must_use]
+    pub fn can_count(&self, image: &Image, block: u32) -> bool {
+        let start = self.cfg.blocks[block as usize].start;
+        let bytes = image.bytes(start, self.size(block) as usize);
+        bytes.is_some_and(|bytes| probes::place(bytes, start).is_some())
     }
 
     /// Whether the entry itself must stay in the original, so that there is nothing to copy.

@@ -6,7 +6,8 @@
 
 use dyni_analyzer::image::Image;
 use dyni_collector::maps::MappedModule;
-use dyni_schema::RunAddr;
+use dyni_schema::{BuildId, RunAddr};
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 
 const REGISTER: &str = "__register_frame_info";
@@ -46,7 +47,7 @@ impl NoUnwinder {
 }
 
 /// What a module has to do with unwinding.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 struct Part {
     /// Link addresses of what it exports.
     raise: bool,
@@ -88,29 +89,47 @@ fn has_exception_tables(image: &Image) -> bool {
     image.sections().is_empty() || image.section(".gcc_except_table").is_some()
 }
 
-/// Finds the unwinder of process `pid`, whose modules these are.
-///
-/// # Errors
-/// Why there is none that can be used.
-pub fn find(pid: i32, modules: &[MappedModule]) -> Result<Unwinder, NoUnwinder> {
-    let program = std::fs::metadata(format!("/proc/{pid}/exe")).ok().map(|m| m.ino());
-    let mut found = None;
-    let mut of_program = None;
-    for module in modules {
-        let Some(bytes) = module.file.as_ref().and_then(|f| std::fs::read(f).ok()) else { continue };
-        let Ok(image) = Image::parse(bytes, &module.name) else { continue };
-        let part = Part::of(&image);
-        if Some(module.file_id.inode) == program && part.raise {
-            // The program comes first when names are bound, so all modules have its unwinder.
-            of_program = Some(part.unwinder(module.bias));
-        } else if part.hidden {
-            return Err(NoUnwinder::Another);
-        } else if part.raise {
-            // An interposing one (a sanitizer's) counts as one more.
-            if found.replace(part.unwinder(module.bias)).is_some() {
+/// What each build that was met has to do with unwinding: the processes of a group have the same ones.
+#[derive(Debug, Default)]
+pub struct Unwinders(HashMap<BuildId, Part>);
+
+impl Unwinders {
+    /// Finds the unwinder of process `pid`, whose modules these are.
+    ///
+    /// # Errors
+    /// Why there is none that can be used.
+    pub fn find(&mut self, pid: i32, modules: &[MappedModule]) -> Result<Unwinder, NoUnwinder> {
+        let program = std::fs::metadata(format!("/proc/{pid}/exe")).ok().map(|m| m.ino());
+        let mut found = None;
+        let mut of_program = None;
+        for module in modules {
+            let Some(part) = self.part(module) else { continue };
+            if Some(module.file_id.inode) == program && part.raise {
+                // The program comes first when names are bound, so all modules have its unwinder.
+                of_program = Some(part.unwinder(module.bias));
+            } else if part.hidden {
                 return Err(NoUnwinder::Another);
+            } else if part.raise {
+                // An interposing one (a sanitizer's) counts as one more.
+                if found.replace(part.unwinder(module.bias)).is_some() {
+                    return Err(NoUnwinder::Another);
+                }
             }
         }
+        of_program.or(found).flatten().ok_or(NoUnwinder::NotThere)
     }
-    of_program.or(found).flatten().ok_or(NoUnwinder::NotThere)
+
+    fn part(&mut self, module: &MappedModule) -> Option<Part> {
+        if let Some(part) = self.0.get(&module.build_id) {
+            return Some(part.clone());
+        }
+        let bytes = std::fs::read(module.file.as_ref()?).ok()?;
+        let image = Image::parse(bytes, &module.name).ok()?;
+        let part = Part::of(&image);
+        // A file that was replaced since it was mapped says nothing of other processes.
+        if *image.build_id() == module.build_id {
+            self.0.insert(module.build_id.clone(), part.clone());
+        }
+        Some(part)
+    }
 }

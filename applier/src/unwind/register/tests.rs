@@ -6,7 +6,8 @@ use crate::lower::{Emission, Source, lower};
 use crate::patch::{self, Edit};
 use crate::place::AddressSpace;
 use crate::remote::{Caller, Stopped, in_own_thread};
-use crate::unwind::{self, UnwindSection, unwinder};
+use crate::unwind::unwinder::Unwinders;
+use crate::unwind::{self, UnwindSection};
 use crate::{room, unwind::register};
 use dyni_analyzer::cfg;
 use dyni_analyzer::functions::Functions;
@@ -153,7 +154,7 @@ fn copy_all(pid: i32, exe: &Path, memory: &Memory) -> Copied {
     let mapped = maps::mappings(pid).unwrap();
     let modules = maps::modules(pid).unwrap();
     let module = modules.iter().find(|m| m.build_id == *image.build_id()).unwrap();
-    let unwinder = unwinder::find(pid, &modules).unwrap();
+    let unwinder = Unwinders::default().find(pid, &modules).unwrap();
     let hole = AddressSpace::of(&mapped).holes(&(module.span.start.0..module.span.end.0), 2 * ROOM, 0, 1)[0];
     let section_at = hole.plus(ROOM);
     let (cache, at) = (hole.link(module.bias), section_at.link(module.bias));
@@ -304,7 +305,7 @@ fn a_program_that_never_waits_is_left_alone() {
     let pid = child.id() as i32;
     std::thread::sleep(Duration::from_millis(50));
     let modules = maps::modules(pid).unwrap();
-    assert_eq!(unwinder::find(pid, &modules), Err(NoUnwinder::NotThere));
+    assert_eq!(Unwinders::default().find(pid, &modules), Err(NoUnwinder::NotThere));
     let memory = Memory::open(pid).unwrap();
     let room = Room { code: RunAddr(0), data: RunAddr(0) };
     let error = function::call(pid, &memory, room, RunAddr(0), [0; 2]).unwrap_err();
