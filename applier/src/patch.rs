@@ -6,6 +6,7 @@ use crate::remote::{Memory, RemoteError, Stopped};
 use dyni_collector::maps::Mapping;
 use dyni_schema::RunAddr;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 
 const PAGE: u64 = 4096;
@@ -115,7 +116,7 @@ pub(crate) fn pointed_into(
 
 /// The stretches of memory to look at for one thread: from its stack pointer up; and, where that is not in the thread's
 /// usual stack (an alternate signal stack, a coroutine), the usual one as well, whole.
-fn stacks(rsp: RunAddr, thread_area: RunAddr, maps: &[Mapping]) -> Vec<std::ops::Range<u64>> {
+fn stacks(rsp: RunAddr, thread_area: RunAddr, maps: &[Mapping]) -> Vec<Range<u64>> {
     let holding = |at: u64| maps.iter().find(|m| m.range.contains(&at));
     let is_main = |m: &Mapping| m.path == Path::new("[stack]");
     let start = rsp.0.saturating_sub(RED_ZONE) & !7;
@@ -125,14 +126,65 @@ fn stacks(rsp: RunAddr, thread_area: RunAddr, maps: &[Mapping]) -> Vec<std::ops:
     let Some(current) = current else { return regions };
     let whole = is_main(current) || current.range.end - current.range.start <= STACK_LIMIT;
     let limit = if whole { STACK_LIMIT } else { HEAP_STACK_LIMIT };
-    regions.push(start..current.range.end.min(start + limit));
-    // glibc and musl keep a thread's control block at the top of its stack; the main thread's lies elsewhere.
-    let usual = match holding(thread_area.0) {
-        Some(m) if m.writable && m.range == current.range => return regions,
-        Some(m) if m.writable && m.file.inode == 0 && m.range.end - m.range.start <= STACK_LIMIT => vec![m],
-        _ => Vec::new(),
-    };
+    let above = start..current.range.end.min(start + limit);
+    // glibc and musl keep a thread's control block at the top of its stack; the main thread's lies elsewhere. Mappings
+    // that touch each other are one to the kernel, so a heap may follow the stack, and hold another one.
+    let top = thread_area.0;
+    match holding(top) {
+        _ if is_main(current) => return vec![above],
+        Some(m) if m.range == current.range && m.writable && rsp.0 < top => {
+            regions.push(start..top.min(start + STACK_LIMIT));
+            return regions;
+        }
+        Some(m) if m.writable && m.file.inode == 0 && !is_main(m) => {
+            regions.push(above);
+            // How far down it is in use is not known here.
+            regions.push(m.range.start.max(top.saturating_sub(STACK_LIMIT))..top);
+        }
+        _ => regions.push(above),
+    }
     let main = maps.iter().filter(|m| is_main(m) && m.range != current.range);
-    regions.extend(usual.into_iter().chain(main).map(|m| m.range.clone()));
+    regions.extend(main.map(|m| m.range.clone()));
     regions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dyni_collector::maps;
+
+    fn regions(rsp: u64, thread_area: u64, text: &str) -> Vec<Range<u64>> {
+        stacks(RunAddr(rsp), RunAddr(thread_area), &maps::parse(text.as_bytes()))
+    }
+
+    const MAIN: &str = "7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]\n";
+
+    #[test]
+    fn the_main_stack_is_looked_at_from_its_pointer() {
+        assert_eq!(regions(0x7ffc_0002_0100, 0x1000, MAIN), [0x7ffc_0002_0080..0x7ffc_0002_1000]);
+    }
+
+    #[test]
+    fn a_thread_s_stack_ends_at_its_control_block_whatever_follows() {
+        let merged = format!("7f0000000000-7f0003000000 rw-p 00000000 00:00 0 \n{MAIN}");
+        assert_eq!(regions(0x7f00_0000_f080, 0x7f00_0001_0000, &merged), [0x7f00_0000_f000..0x7f00_0001_0000]);
+    }
+
+    #[test]
+    fn a_handler_s_stack_does_not_hide_the_thread_s_own() {
+        // The alternate stack lies above the thread's in the same mapping, or in another one.
+        let merged = format!("7f0000000000-7f0000300000 rw-p 00000000 00:00 0 \n{MAIN}");
+        // A main thread has its control block in some mapping, and no stack there.
+        assert_eq!(regions(0x7ffc_0002_0100, 0x7f00_0001_0000, &merged).len(), 1);
+        let apart = format!(
+            "7e0000000000-7e0000300000 rw-p 00000000 00:00 0 \n7f0000000000-7f0000300000 rw-p 00000000 00:00 0 \n{MAIN}"
+        );
+        for (text, rsp, top) in
+            [(merged, 0x7f00_0020_0080, 0x7f00_0001_0000u64), (apart, 0x7f00_0020_0080, 0x7e00_0001_0000)]
+        {
+            let found = regions(rsp, top, &text);
+            assert!(found.contains(&(0x7f00_0020_0000..0x7f00_0030_0000)), "{found:x?}");
+            assert!(found.contains(&(top & !0xfff_ffff..top)), "{found:x?}");
+        }
+    }
 }
