@@ -18,7 +18,7 @@ use crate::interrupt::Interruptible;
 use crate::modules::Binary;
 use crate::output::Output;
 use crate::store::StoredPlan;
-use crate::targets::root_first;
+use crate::targets::{few_of, root_first};
 use crate::undo::undo_group;
 
 /// The part of a recording that is for counting: one in this many.
@@ -41,13 +41,14 @@ pub fn sampling_part(duration: Duration) -> Duration {
 /// # Errors
 /// Why nothing was counted; the program is as it was, and so is the profile.
 pub fn count_group(
-    group: &mut Group,
+    group: &Group,
     profile: &mut Profile,
     binaries: &[Binary],
     duration: Duration,
     out: Output,
 ) -> Result<(), Failure> {
     let stored = plan(profile, binaries)?;
+    let group = &mut few_of(group);
     let mut applier = Applier::new(&stored.plan, None)?;
     let part = duration / SHARE / BURSTS;
     let interruptible = Interruptible::new();

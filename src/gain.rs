@@ -11,7 +11,7 @@ use serde::Serialize;
 /// How often a block must have run in a slice to say anything.
 const MIN_COUNT: u64 = 20;
 /// How many pairs make an estimate at least.
-pub const MIN_PAIRS: usize = 4;
+const MIN_PAIRS: usize = 4;
 
 /// What a program did in a slice of time.
 #[derive(Clone, Debug, Default)]

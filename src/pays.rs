@@ -15,11 +15,11 @@ use dyni_schema::{BuildId, FunctionPlan, LinkAddr, ModulePlan};
 
 use crate::apply::apply_group_with;
 use crate::errors::Failure;
-use crate::gain::{Estimate, MIN_PAIRS, Slice};
+use crate::gain::{Estimate, Slice};
 use crate::interrupt::Interruptible;
 use crate::output::Output;
 use crate::store::StoredPlan;
-use crate::targets::{has_ended, root_first};
+use crate::targets::{few_of, has_ended, root_first};
 use crate::undo::undo_group;
 
 /// A slice is this part of the recording's duration.
@@ -31,7 +31,10 @@ const WARM_UP: u32 = 4;
 /// Nothing more is measured once the interval is this narrow on each side.
 const CLOSE: f64 = 0.01;
 /// How many pairs of slices are measured at most; even, so that the optimisation is in force at the end.
-const MAX_PAIRS: usize = 256;
+const MAX_PAIRS: usize = 1024;
+/// For how many times the recording's duration it is measured, and for how many if it can't yet be told from no gain.
+const LIMIT: u32 = 2;
+const LIMIT_IN_DOUBT: u32 = 4;
 
 /// How often a group is looked at again for children that were forked while others were changed.
 const ROUNDS: usize = 16;
@@ -47,8 +50,8 @@ pub enum Verdict {
     Unknown(String),
 }
 
-/// Measures what a program gains by a plan that is in force in it, and takes the plan out if that is nothing. It takes as
-/// long as a recording of this `duration`, or twice that.
+/// Measures what a program gains by a plan that is in force in it, and takes the plan out if that is nothing. It takes
+/// twice as long as a recording of this `duration`, or four times that.
 ///
 /// # Errors
 /// The program can't be changed any more; what was applied is taken out, as far as that can be.
@@ -64,18 +67,20 @@ pub fn check(
         return Ok(Verdict::Unknown("no code of it runs at a rate that can be counted".to_owned()));
     }
     let mut yardstick = Applier::new(&without.plan, None)?;
-    undo_group(group)?;
-    group.refresh()?;
-    apply_group_with(&mut yardstick, &Choice::All, &without, group, out.silent())?;
+    let mut few = few_of(group);
+    undo_group(&mut few)?;
+    few.refresh()?;
+    apply_group_with(&mut yardstick, &Choice::All, &without, &mut few, out.silent())?;
     let trial = Trial {
         plans: [applier, &yardstick],
         members: HashMap::new(),
         blocks: without.plan.modules.iter().flat_map(blocks_of).collect(),
     };
-    let verdict = trial.run(group, duration, out);
+    let verdict = trial.run(&mut few, duration, out);
     match &verdict {
         Ok(Verdict::TakenOut(_)) => drop(undo_group(group)?),
         Ok(Verdict::Pays(estimate)) => {
+            group.refresh()?;
             for member in &group.members {
                 // For `status`. Whoever ended meanwhile needs no note.
                 let _ = applier.note_gain(member.pid, estimate.ratio.into());
@@ -133,9 +138,17 @@ impl Trial<'_, '_> {
             let [with, without] = &slices;
             logs.extend(with.against(without));
             progress.set(pair as u64 + 1);
-            let narrow = pair % 4 == 3 && Estimate::of(&logs).is_some_and(|e| e.error() <= CLOSE);
-            if narrow || interruptible.asked() || (pair >= MIN_PAIRS && start.elapsed() > duration * 2) {
+            if interruptible.asked() {
                 break;
+            }
+            if pair % 4 == 3 {
+                let estimate = Estimate::of(&logs);
+                let in_doubt = estimate.is_some_and(|e| e.ratio.low < 1.0 && e.ratio.high > 1.0);
+                let limit = duration * if in_doubt { LIMIT_IN_DOUBT } else { LIMIT };
+                let narrow = estimate.is_some_and(|e| e.error() <= CLOSE);
+                if start.elapsed() > limit || (narrow && !in_doubt) {
+                    break;
+                }
             }
         }
         self.change(Arm::With, group)?;

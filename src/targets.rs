@@ -2,12 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use dyni_applier::{ApplyError, State};
 use dyni_collector::{ErrorKind, Group, RecordError, Target, TargetError};
 use serde::{Serialize, Serializer};
 
 use crate::errors::Failure;
+
+/// How many processes of a program are counted or compared at most: of hundreds of alike workers a few tell as much, and
+/// what is put into a process for that stays mapped.
+const FEW: usize = 8;
+/// How long it is looked which ones are busy.
+const BUSY_WINDOW: Duration = Duration::from_millis(100);
+
+/// The processes of a program that stand for all: its root and the busiest ones.
+pub fn few_of(group: &Group) -> Group {
+    group.busiest(FEW, BUSY_WINDOW)
+}
 
 /// The group that a PID or a name means.
 ///

@@ -154,8 +154,9 @@ macro_rules! walks {
     };
 }
 
-// One thread; threads asleep in the kernel; a handler on an alternate stack at any moment.
-walks! { switches blocked signals }
+// One thread; threads asleep in the kernel; a handler on an alternate stack at any moment; one that computes and throws, so
+// that the unwinder is told of copies by a thread that does not wait.
+walks! { switches blocked signals exceptions }
 
 /// The target dies at each step: dyni says so and ends with 1, and does not hang, crash or claim success.
 fn kill_target(name: &'static str) -> Result<(), String> {

@@ -75,15 +75,19 @@ victims! {
     fpstate: Watched;
     redzone: Watched;
     indirect: Watched;
-    cancel: Maybe;
+    cancel: Somewhere;
     timers: Served;
     jobctl: Served;
     trapskip: Served;
     rseq: Maybe;
-    unwind: Maybe;
-    // It computes without a pause, so there is no thread that could tell the unwinder of copies.
-    exceptions: Maybe;
+    unwind: Somewhere;
+    // Most of the time goes into the unwinder.
+    exceptions: Somewhere;
     vtables: Watched;
+    // Its threads live for less than a millisecond, and the sampler may see too little of them.
+    cpp_threads: Maybe;
+    foreign: Served;
+    noexcepts: Racing;
     odd_maps: Watched;
 }
 

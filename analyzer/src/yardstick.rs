@@ -17,6 +17,9 @@ const FUNCTIONS: usize = 16;
 const BYTES_PER_RUN: u64 = 1 << 20;
 /// How far a function's entry may be from that, as a factor, to be counted before blocks that are nearer.
 const NEAR: u64 = 16;
+/// A function that has more of the program's time than one part in this many is counted only for want of others: a copy
+/// is never quite what the original was, and here it stands for it.
+const LIGHT: u128 = 256;
 
 /// Chooses the blocks of a module by which its layout is measured: fills `probes`.
 pub fn choose(image: &Image, layouts: &mut [FunctionLayout]) {
@@ -27,7 +30,7 @@ pub fn choose(image: &Image, layouts: &mut [FunctionLayout]) {
     let wanted = u64::try_from(total / u128::from(BYTES_PER_RUN)).unwrap_or(u64::MAX).max(1);
     // How far from what is wanted, in sixteenths of a factor.
     let distance = |count: u64| (u128::from(count.max(wanted)) * 16 / u128::from(count.min(wanted))) as u64;
-    let mut candidates: Vec<(Reverse<bool>, u64, usize, u32)> = Vec::new();
+    let mut candidates: Vec<(bool, Reverse<bool>, u64, usize, u32)> = Vec::new();
     for (index, layout) in layouts.iter().enumerate() {
         let hot = layout.order[..layout.hot].iter().copied();
         let mut blocks: Vec<_> = hot.filter(|&b| runs(layout, b) > 0).map(|b| (distance(runs(layout, b)), b)).collect();
@@ -38,11 +41,12 @@ pub fn choose(image: &Image, layouts: &mut [FunctionLayout]) {
         }
         // The blocks of one function say much the same.
         if let Some(&(distance, b)) = blocks.iter().take(FUNCTIONS).find(|(_, b)| layout.can_count(image, *b)) {
-            candidates.push((Reverse(entry.is_some() && b == 0), distance, index, b));
+            let is_heavy = bytes(layout) * LIGHT > total;
+            candidates.push((is_heavy, Reverse(entry.is_some() && b == 0), distance, index, b));
         }
     }
     candidates.sort_unstable();
-    for (_, _, index, block) in candidates.into_iter().take(FUNCTIONS) {
+    for (_, _, _, index, block) in candidates.into_iter().take(FUNCTIONS) {
         layouts[index].probes = vec![block];
     }
 }

@@ -5,8 +5,11 @@
 //! same layout (`execve` places stack and code at random, `fork` keeps the places). The second keeps a login shell out of
 //! the group of a script that the same shell binary runs.
 
+use crate::cpu_time::cpu_time;
 use crate::target::{Target, TargetError, all_pids};
+use std::cmp::Reverse;
 use std::collections::HashMap;
+use std::time::Duration;
 
 /// One program: a root process and everything forked from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +18,8 @@ pub struct Group {
     pub root: Target,
     /// Every live process of the program, the root included, by rising PID.
     pub members: Vec<Target>,
+    /// Processes of the program that are left out ([`Group::busiest`]).
+    aside: Vec<Target>,
 }
 
 /// What a [`Group::refresh`] found.
@@ -37,13 +42,32 @@ impl Group {
         if members.is_empty() {
             return Err(TargetError::Exited(target.pid));
         }
-        Ok(Self { root, members })
+        Ok(Self { root, members, aside: Vec::new() })
     }
 
     /// A group of one: this process alone, without its relatives.
     #[must_use]
     pub fn alone(target: &Target) -> Self {
-        Self { root: target.clone(), members: vec![target.clone()] }
+        Self { root: target.clone(), members: vec![target.clone()], aside: Vec::new() }
+    }
+
+    /// The same program without all but `count` of its processes: the root, whose children are to come, and those that
+    /// use the most processor time during `window`. Whoever is born later belongs to it.
+    #[must_use]
+    pub fn busiest(&self, count: usize, window: Duration) -> Self {
+        let mut busiest = self.clone();
+        if self.members.len() <= count {
+            return busiest;
+        }
+        let used = || self.members.iter().map(|m| cpu_time(m.pid).unwrap_or_default()).collect::<Vec<_>>();
+        let before = used();
+        std::thread::sleep(window);
+        let used: Vec<_> = used().iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect();
+        let mut order: Vec<usize> = (0..self.members.len()).collect();
+        order.sort_by_key(|&i| (self.members[i].pid != self.root.pid, Reverse(used[i]), self.members[i].pid));
+        busiest.aside.extend(order.split_off(count).into_iter().map(|i| self.members[i].clone()));
+        busiest.members.retain(|m| !busiest.aside.contains(m));
+        busiest
     }
 
     /// Looks again: who was born, who is gone. The root stays the group's name even after its own death, as long as
@@ -52,8 +76,11 @@ impl Group {
     /// # Errors
     /// `Exited` once no member is left; what reading /proc gives.
     pub fn refresh(&mut self) -> Result<Changes, TargetError> {
-        let now = members(&self.root, &self.members)?;
+        let known: Vec<Target> = self.members.iter().chain(&self.aside).cloned().collect();
+        let mut now = members(&self.root, &known)?;
         let key = |t: &Target| (t.pid, t.start_ticks);
+        self.aside.retain(|a| now.iter().any(|t| key(t) == key(a)));
+        now.retain(|t| !self.aside.iter().any(|a| key(a) == key(t)));
         let missing_in = |from: &[Target], other: &[Target]| -> Vec<i32> {
             from.iter().filter(|t| !other.iter().any(|o| key(o) == key(t))).map(|t| t.pid).collect()
         };

@@ -73,6 +73,11 @@ fn a_group_is_the_same_whoever_is_asked() {
         assert_eq!(again.root.pid, master.pid());
         assert_eq!(again.members.len(), 3);
     }
+    let mut few = group.busiest(2, std::time::Duration::from_millis(10));
+    assert_eq!((few.members.len(), few.member(master.pid()).is_some()), (2, true));
+    let changes = few.refresh().unwrap();
+    assert!(changes.born.is_empty() && changes.gone.is_empty(), "who was left out is not born: {changes:?}");
+    assert_eq!(group.busiest(3, std::time::Duration::ZERO), group);
     let worker = group.members.iter().map(|m| m.pid).find(|&pid| pid != master.pid()).unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(worker), nix::sys::signal::SIGKILL).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(50));

@@ -135,6 +135,15 @@ impl<'a> Caller<'a> {
             failpoint::pass(step, self.pid);
         }
         let result = tracee.registers()?.rax as i64;
+        match self.bring_home(tracee, registers) {
+            // The call was made, whatever becomes of the thread: it must not be made again.
+            Ok(()) | Err(RemoteError::Died(_)) => Ok(Try::Done(result)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Gives the thread its own registers back, after the call.
+    fn bring_home(&self, tracee: &mut Tracee, registers: Registers) -> Result<(), RemoteError> {
         // The registers are put back at a stop on the way out to user mode, where the kernel looks at orig_rax and
         // restarts the system call that our stop had interrupted; at the exit of our own call it would not.
         tracee.interrupt()?;
@@ -149,7 +158,7 @@ impl<'a> Caller<'a> {
             Report::Stopped | Report::Syscall => tracee.set_registers(registers)?,
         }
         failpoint::pass("remote:registers-restored", self.pid);
-        Ok(Try::Done(result))
+        Ok(())
     }
 }
 

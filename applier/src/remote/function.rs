@@ -2,7 +2,9 @@
 //!
 //! A system call may be made wherever a thread happens to stop; a function may not, for it takes locks which that thread
 //! may hold. So a thread is borrowed only where it waits in a system call of the C library that blocks, is no wait for a
-//! lock, and is not inside a signal handler ([`is_safe`]). There the library's own locks are not held by it.
+//! lock, and is not inside a signal handler ([`is_safe`]). There the library's own locks are not held by it. In a program
+//! that never waits, a thread will do that is stopped in the program's own code with no library on its stack but where
+//! threads begin ([`Walked::is_in_program`]), if the function and the program share no other locks.
 //!
 //! The thread runs a trampoline that needs no help: it saves the vector and x87 state, calls, puts that state back,
 //! stores that it is done, puts back the flags and every general register from immediates, and jumps home, as the one
@@ -13,7 +15,7 @@
 
 use super::backtrace::{Frames, Stack, Walked};
 use super::stop::{Stragglers, come_to_rest};
-use super::trace::{Registers, Report, Tracee, thread_state, threads};
+use super::trace::{Registers, Report, Tracee, is_ending, thread_state, threads};
 use super::trampoline::home;
 use super::{Memory, RemoteError, in_own_thread};
 use crate::failpoint;
@@ -37,8 +39,14 @@ const SEARCH: Duration = Duration::from_millis(500);
 const ROUNDS: u32 = 50;
 /// After so many looks in a row at which every thread waits inside a signal handler, that is where the program lives.
 const HOPELESS: u32 = 10;
+/// After so many looks a thread that computes will do, too.
+const PATIENT_ROUNDS: u32 = 5;
+/// How much of such a thread's stack is walked, in bytes.
+const WALKED: u64 = 256 << 10;
 /// How long the function may take. Nobody waits for it but dyni.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How much of a stack is looked through, in bytes.
+const MAX_STACK: u64 = 8 << 20;
 /// How much stack a function and the handlers of signals meanwhile may need, in bytes.
 const STACK: u64 = 32 << 10;
 /// The System V ABI's red zone, in bytes.
@@ -233,6 +241,27 @@ impl Places {
         WAITS.contains(&number) && self.has_stack(r.rsp)
     }
 
+    /// About a thread that waits. `known`: its stack, if it was walked.
+    fn judge_waiting(&self, memory: &Memory, r: &Registers, known: Option<&Walked>) -> Judgement {
+        if !self.is_safe(memory, r) {
+            return Judgement::Bad;
+        }
+        match self.doubtful_stack(memory, r) {
+            Some(stack) if !known.is_some_and(|walked| walked.still_holds(&stack)) => Judgement::Doubt(Box::new(stack)),
+            _ => Judgement::Good,
+        }
+    }
+
+    /// About a thread that computes. All of `frames` has been read.
+    fn judge_computing(&self, memory: &Memory, r: &Registers, frames: &mut Frames) -> Judgement {
+        if (r.orig_rax as i64) >= 0 || !self.has_stack(r.rsp) {
+            return Judgement::Bad;
+        }
+        let words = words_above(&self.maps, memory, r.rsp, WALKED).collect();
+        let walked = frames.walk(&Stack { registers: *r, words }, &self.restorers);
+        if walked.is_some_and(|w| w.is_in_program()) { Judgement::Good } else { Judgement::Bad }
+    }
+
     fn has_stack(&self, rsp: u64) -> bool {
         self.maps.iter().any(|m| {
             let grows = m.path.as_os_str() == "[stack]";
@@ -243,19 +272,27 @@ impl Places {
     /// The stack of a thread that may be in a handler: a signal frame, or the remains of one, is on it. `None` if there is
     /// none.
     fn doubtful_stack(&self, memory: &Memory, registers: &Registers) -> Option<Stack> {
-        let words: Vec<u64> = words_above(&self.maps, memory, registers.rsp).collect();
+        let words: Vec<u64> = words_above(&self.maps, memory, registers.rsp, MAX_STACK).collect();
         let doubtful = words.iter().any(|word| self.restorers.contains(word));
         doubtful.then_some(Stack { registers: *registers, words })
     }
 }
 
-/// The words of the stack from `rsp` up.
-fn words_above(maps: &[Mapping], memory: &Memory, rsp: u64) -> impl Iterator<Item = u64> {
+/// The words of the stack from `rsp` up, at most `limit` bytes of it.
+fn words_above(maps: &[Mapping], memory: &Memory, rsp: u64, limit: u64) -> impl Iterator<Item = u64> {
     let end = maps.iter().find(|m| m.range.contains(&rsp)).map_or(rsp, |m| m.range.end);
-    let mut bytes = vec![0; (end - rsp).min(8 << 20) as usize];
+    let mut bytes = vec![0; (end - rsp).min(limit) as usize];
     let n = memory.read_some(RunAddr(rsp), &mut bytes);
     bytes.truncate(n & !7);
     (0..bytes.len() / 8).map(move |i| u64::from_le_bytes(bytes[8 * i..8 * i + 8].try_into().expect("eight bytes")))
+}
+
+/// Whether a stopped thread may be borrowed.
+enum Judgement {
+    Good,
+    Bad,
+    /// It waits at a good place; whether in a signal handler is to be found out, from its stack.
+    Doubt(Box<Stack>),
 }
 
 /// What came of one thread.
@@ -268,7 +305,8 @@ enum Try {
 }
 
 /// Calls a function of process `pid` with up to two arguments; what it returned. No other tracer of ours may be at
-/// work on the process.
+/// work on the process. `computing`: whether a thread may be borrowed that computes; the function must then share no lock
+/// with the program's own code.
 ///
 /// # Errors
 /// [`CallError::NoSafePoint`] and [`CallError::NoRoom`]: it was not called. [`CallError::Lost`]: it may have been.
@@ -278,11 +316,19 @@ pub(crate) fn call(
     room: Room,
     function: RunAddr,
     arguments: [u64; 2],
+    computing: bool,
 ) -> Result<u64, CallError> {
-    in_own_thread(|| call_here(pid, memory, room, function, arguments))
+    in_own_thread(|| call_here(pid, memory, room, function, arguments, computing))
 }
 
-fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments: [u64; 2]) -> Result<u64, CallError> {
+fn call_here(
+    pid: i32,
+    memory: &Memory,
+    room: Room,
+    function: RunAddr,
+    arguments: [u64; 2],
+    computing: bool,
+) -> Result<u64, CallError> {
     let start = Instant::now();
     let places = Places::of(pid, memory)?;
     let mut frames: Option<Frames> = None;
@@ -296,7 +342,8 @@ fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments
         let mut in_handlers = 0;
         for tid in all.iter().copied().filter(|&tid| may_be_safe(pid, tid)) {
             let known = walked.get(&tid);
-            match try_on(pid, tid, memory, &places, known, room, function, arguments, &mut stragglers) {
+            let judge = |r: &Registers| places.judge_waiting(memory, r, known);
+            match try_on(pid, tid, memory, &places, judge, room, function, arguments, &mut stragglers) {
                 Ok(Try::Done(result)) => return Ok(result),
                 Ok(Try::Doubt(stack)) => {
                     let frames = frames.get_or_insert_with(|| Frames::of(pid));
@@ -311,6 +358,21 @@ fn call_here(pid: i32, memory: &Memory, room: Room, function: RunAddr, arguments
             }
         }
         hopeless = if in_handlers == all.len() { hopeless + 1 } else { 0 };
+        if computing && rounds > PATIENT_ROUNDS {
+            if rounds == PATIENT_ROUNDS + 1 {
+                frames.get_or_insert_with(|| Frames::of(pid)).read_all();
+            }
+            let frames = frames.get_or_insert_with(|| Frames::of(pid));
+            for tid in all.iter().copied().filter(|&tid| thread_state(pid, tid) == Some(b'R')) {
+                let judge = |r: &Registers| places.judge_computing(memory, r, frames);
+                match try_on(pid, tid, memory, &places, judge, room, function, arguments, &mut stragglers) {
+                    Ok(Try::Done(result)) => return Ok(result),
+                    Ok(_) => {}
+                    Err(CallError::Remote(e)) if e.is_passing() || matches!(e, RemoteError::Died(_)) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        }
         std::thread::sleep(Duration::from_millis(2));
     }
     if threads(pid)?.is_empty() { Err(RemoteError::Died(pid).into()) } else { Err(CallError::NoSafePoint(pid)) }
@@ -332,7 +394,7 @@ fn try_on(
     tid: i32,
     memory: &Memory,
     places: &Places,
-    known: Option<&Walked>,
+    judge: impl FnOnce(&Registers) -> Judgement,
     room: Room,
     function: RunAddr,
     arguments: [u64; 2],
@@ -350,13 +412,10 @@ fn try_on(
     }
     pass("remote:stopped", pid);
     let registers = tracee.registers()?;
-    if !places.is_safe(memory, &registers) {
-        return Ok(Try::Again);
-    }
-    if let Some(stack) = places.doubtful_stack(memory, &registers)
-        && !known.is_some_and(|walked| walked.still_holds(&stack))
-    {
-        return Ok(Try::Doubt(Box::new(stack)));
+    match judge(&registers) {
+        Judgement::Good => {}
+        Judgement::Bad => return Ok(Try::Again),
+        Judgement::Doubt(stack) => return Ok(Try::Doubt(stack)),
     }
     let slots = (0..CODE_LEN / SLOT).map(|i| room.code.plus(i * SLOT));
     let is_free = |at: &RunAddr| memory.read_vec(*at, SLOT as usize).is_ok_and(|bytes| bytes.iter().all(|&b| b == 0));
@@ -367,15 +426,15 @@ fn try_on(
     pass("remote:trampoline-written", pid);
     let outcome = borrow(&mut tracee, memory, registers, room, slot, &trampoline, arguments);
     match outcome {
-        // A thread that is in the trampoline, or will come back to it, needs it for ever.
         Err(CallError::Lost(_)) => {
-            tracee.interrupt()?;
-            if come_to_rest(&mut tracee).is_err() {
+            if tracee.interrupt().is_ok() && come_to_rest(&mut tracee).is_err() {
                 stragglers.0.push(tracee);
             }
         }
-        Ok(_) if is_used(&tracee, memory, places, slot)? => {}
-        Ok(_) => memory.write(slot, &vec![0; SLOT as usize])?,
+        // A thread that is in the trampoline, or will come back to it, needs it for ever.
+        Ok(_) if tracee.is_attached() && is_used(&tracee, memory, places, slot).unwrap_or(true) => {}
+        // What this says of the call must be heard, whether or not the place can be used again.
+        Ok(_) => drop(memory.write(slot, &vec![0; SLOT as usize])),
         Err(_) => {}
     }
     outcome
@@ -385,7 +444,7 @@ fn try_on(
 fn is_used(tracee: &Tracee, memory: &Memory, places: &Places, slot: RunAddr) -> Result<bool, RemoteError> {
     let registers = tracee.registers()?;
     let inside = |at: u64| (slot.0..slot.0 + SLOT).contains(&at);
-    Ok(inside(registers.rip) || words_above(&places.maps, memory, registers.rsp).any(inside))
+    Ok(inside(registers.rip) || words_above(&places.maps, memory, registers.rsp, MAX_STACK).any(inside))
 }
 
 /// Lets a stopped thread run the trampoline. It is stopped again when this returns without an error.
@@ -414,6 +473,38 @@ fn borrow(
     })?;
     pass("remote:registers-set", pid);
     tracee.go_on(0)?;
+    // From here on the function may be called. An error must not look as if it had not been: nobody may try again.
+    match until_done(tracee, memory, registers, room, slot, trampoline) {
+        Ok(true) => {}
+        Ok(false) => return Ok(Try::Again),
+        Err(RemoteError::Died(_)) if is_ending(pid) => return Err(RemoteError::Died(pid).into()),
+        Err(_) => return Err(CallError::Lost(pid)),
+    }
+    pass("remote:syscall-left", pid);
+    let result = memory.read_vec(room.data.plus(RESULT), 8).map_err(|_| CallError::Lost(pid))?;
+    let result = u64::from_le_bytes(result.try_into().expect("eight bytes"));
+    // It is done, whatever becomes of the thread: it may have ended by now.
+    if tracee.is_attached() && tracee.interrupt().is_ok() && come_to_rest(tracee).is_ok_and(|stopped| stopped) {
+        // On its way home already, or still in the last moves: then the kernel restarts what our stop had interrupted.
+        if tracee.registers().is_ok_and(|r| (slot.0..slot.0 + SLOT).contains(&r.rip)) {
+            let _ = tracee.set_registers(registers);
+        }
+    }
+    pass("remote:registers-restored", pid);
+    Ok(Try::Done(result))
+}
+
+/// Waits until a thread that was sent into the trampoline has made the call; `false` if it was stopped before it began,
+/// and has its own registers again.
+fn until_done(
+    tracee: &mut Tracee,
+    memory: &Memory,
+    registers: Registers,
+    room: Room,
+    slot: RunAddr,
+    trampoline: &Trampoline,
+) -> Result<bool, RemoteError> {
+    let pid = tracee.pid;
     let start = Instant::now();
     loop {
         let report = tracee.poll()?;
@@ -422,44 +513,29 @@ fn borrow(
             Ok(!(slot.0..=slot.0 + trampoline.call).contains(&rip))
         };
         match report {
-            Some(Report::Gone) => return Err(RemoteError::Died(pid).into()),
-            Some(Report::Signal(signal)) if !begun(tracee)? => {
+            Some(Report::Signal(_)) if !begun(tracee)? => {
                 tracee.set_registers(registers)?;
-                tracee.interrupt()?;
-                tracee.go_on(signal)?;
-                come_to_rest(tracee)?;
-                return Ok(Try::Again);
+                // The signal is delivered when the thread is let go.
+                return Ok(false);
             }
             Some(Report::Stopped) if !begun(tracee)? => {
                 tracee.set_registers(registers)?;
-                return Ok(Try::Again);
+                return Ok(false);
             }
             Some(Report::Signal(signal)) => tracee.go_on(signal)?,
             Some(Report::Stopped | Report::Syscall) => tracee.go_on(0)?,
-            None => {}
+            Some(Report::Gone) | None => {}
         }
         let mut done = [0];
         memory.read(room.data.plus(DONE), &mut done)?;
         if done == [1] {
-            break;
+            return Ok(true);
         }
-        if start.elapsed() > PATIENCE {
-            return Err(CallError::Lost(pid));
+        if report == Some(Report::Gone) || start.elapsed() > PATIENCE {
+            return Err(RemoteError::Died(pid));
         }
         std::thread::sleep(Duration::from_micros(50));
     }
-    pass("remote:syscall-left", pid);
-    let result = u64::from_le_bytes(memory.read_vec(room.data.plus(RESULT), 8)?.try_into().expect("eight bytes"));
-    tracee.interrupt()?;
-    if !come_to_rest(tracee)? {
-        return Err(RemoteError::Died(pid).into());
-    }
-    // On its way home already, or still in the last moves: then the kernel restarts what our stop had interrupted.
-    if (slot.0..slot.0 + SLOT).contains(&tracee.registers()?.rip) {
-        tracee.set_registers(registers)?;
-    }
-    pass("remote:registers-restored", pid);
-    Ok(Try::Done(result))
 }
 
 fn pass(step: &str, pid: i32) {

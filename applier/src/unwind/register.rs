@@ -80,7 +80,7 @@ pub fn register(pid: i32, memory: &Memory, unwinder: &Unwinder, place: &Place) -
         return Ok(());
     }
     let arguments = [place.section.0, place.object().0];
-    function::call(pid, memory, place.room(), unwinder.register, arguments)?;
+    function::call(pid, memory, place.room(), unwinder.register, arguments, !unwinder.own_malloc)?;
     if is_registered(memory, place)? { Ok(()) } else { Err(RegisterError::NotTaken(pid)) }
 }
 
@@ -92,7 +92,10 @@ pub fn deregister(pid: i32, memory: &Memory, unwinder: &Unwinder, place: &Place)
     if !is_registered(memory, place)? {
         return Ok(());
     }
-    let object = function::call(pid, memory, place.room(), unwinder.deregister, [place.section.0, 0])?;
+    let object = {
+        let arguments = [place.section.0, 0];
+        function::call(pid, memory, place.room(), unwinder.deregister, arguments, !unwinder.own_malloc)?
+    };
     if object != place.object().0 {
         return Err(RegisterError::NotTaken(pid));
     }

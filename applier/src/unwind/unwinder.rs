@@ -12,6 +12,7 @@ use std::os::unix::fs::MetadataExt;
 
 const REGISTER: &str = "__register_frame_info";
 const DEREGISTER: &str = "__deregister_frame_info";
+const MALLOC: &str = "malloc";
 const RAISE: &str = "_Unwind_RaiseException";
 /// How an unwinder finds the modules of its process; who else asks has no personality routines of its own, or imports
 /// the unwinder.
@@ -24,6 +25,8 @@ pub struct Unwinder {
     pub register: RunAddr,
     /// `void *__deregister_frame_info(const void *begin)`, which ends the process if `begin` is not registered.
     pub deregister: RunAddr,
+    /// Whether the process allocates memory by code of its own, which the unwinder may then call.
+    pub own_malloc: bool,
 }
 
 /// Why a process's unwinder can't be told of copies; shown to users.
@@ -55,6 +58,8 @@ struct Part {
     deregister: Option<u64>,
     /// It may hold an unwinder that it does not export.
     hidden: bool,
+    /// It defines `malloc`.
+    malloc: bool,
 }
 
 impl Part {
@@ -65,6 +70,7 @@ impl Part {
                 RAISE => part.raise = true,
                 REGISTER => part.register = Some(at.0),
                 DEREGISTER => part.deregister = Some(at.0),
+                MALLOC => part.malloc = true,
                 _ => {}
             }
         }
@@ -77,11 +83,17 @@ impl Part {
 
     fn unwinder(&self, bias: u64) -> Option<Unwinder> {
         let run = |at: u64| RunAddr(at.wrapping_add(bias));
-        self.raise
-            .then_some(())
-            .and(self.register.zip(self.deregister))
-            .map(|(register, deregister)| Unwinder { register: run(register), deregister: run(deregister) })
+        self.raise.then_some(()).and(self.register.zip(self.deregister)).map(|(register, deregister)| Unwinder {
+            register: run(register),
+            deregister: run(deregister),
+            own_malloc: false,
+        })
     }
+}
+
+/// The C library, and the loader, which has a `malloc` for itself.
+fn is_libc(module: &str) -> bool {
+    ["libc.so", "libc-2.", "libc.musl-", "ld-"].iter().any(|p| module.starts_with(p))
 }
 
 /// Whether the module has code that catches; without section headers that is taken for granted.
@@ -102,8 +114,10 @@ impl Unwinders {
         let program = std::fs::metadata(format!("/proc/{pid}/exe")).ok().map(|m| m.ino());
         let mut found = None;
         let mut of_program = None;
+        let mut own_malloc = false;
         for module in modules {
             let Some(part) = self.part(module) else { continue };
+            own_malloc |= part.malloc && !is_libc(&module.name);
             if Some(module.file_id.inode) == program && part.raise {
                 // The program comes first when names are bound, so all modules have its unwinder.
                 of_program = Some(part.unwinder(module.bias));
@@ -116,7 +130,8 @@ impl Unwinders {
                 }
             }
         }
-        of_program.or(found).flatten().ok_or(NoUnwinder::NotThere)
+        let found = of_program.or(found).flatten().ok_or(NoUnwinder::NotThere)?;
+        Ok(Unwinder { own_malloc, ..found })
     }
 
     fn part(&mut self, module: &MappedModule) -> Option<Part> {

@@ -308,7 +308,7 @@ fn a_program_that_never_waits_is_left_alone() {
     assert_eq!(Unwinders::default().find(pid, &modules), Err(NoUnwinder::NotThere));
     let memory = Memory::open(pid).unwrap();
     let room = Room { code: RunAddr(0), data: RunAddr(0) };
-    let error = function::call(pid, &memory, room, RunAddr(0), [0; 2]).unwrap_err();
+    let error = function::call(pid, &memory, room, RunAddr(0), [0; 2], false).unwrap_err();
     assert!(matches!(error, CallError::NoSafePoint(_)), "{error}");
     child.kill().unwrap();
     child.wait().unwrap();
