@@ -77,6 +77,9 @@ pub enum Reason {
     Function(GiveUp),
     /// Its first block must stay in the original, so there is nothing to enter a copy by.
     Entry(KeepOriginal),
+    /// It goes through jump tables more often than a better layout of it saves branches, and each time through the
+    /// original, as tables are not cloned.
+    Dispatch,
     /// Its module belongs to a runtime that looks at return addresses or rewrites code.
     Module(&'static Runtime),
 }
@@ -93,6 +96,7 @@ impl Reason {
             Self::Entry(KeepOriginal::ReadsOwnAddress) => "reads its own address in its first block",
             Self::Entry(KeepOriginal::LandingPad) => "begins with an exception's landing pad",
             Self::Entry(KeepOriginal::Instruction) => "has an instruction in its first block that can't be copied",
+            Self::Dispatch => "goes through jump tables more often than a better layout saves branches",
             Self::Module(runtime) => runtime.reason,
         }
     }
@@ -313,6 +317,10 @@ pub(crate) fn lay_out(
             Pass::Split => passes::split::run(&mut layout),
             Pass::ExtTsp => passes::exttsp::run(&mut layout),
             Pass::Entries => passes::entries::run(&mut layout),
+            Pass::Dispatch => match passes::dispatch::run(&layout) {
+                (true, stats) => stats,
+                (false, _) => return Err(Reason::Dispatch),
+            },
             Pass::CdSort => continue,
         });
     }

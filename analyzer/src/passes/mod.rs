@@ -6,12 +6,14 @@
 //! | [`split`] | one function: which blocks are hot | ours: cold only with evidence |
 //! | [`exttsp`] | one function: the order of its hot blocks | Newell and Pupyrev, see [`crate::exttsp`] |
 //! | [`entries`] | one function: which originals are patched besides the entry | ours |
+//! | [`dispatch`] | one function: whether it is worth a copy | ours |
 //! | [`cdsort`] | one module: the order of its functions | LLVM's CDSort, see [`crate::cdsort`] |
 //!
 //! Each can be left out by name; the next ones then work on what is there.
 
 pub mod blocks;
 pub mod cdsort;
+pub mod dispatch;
 pub mod entries;
 pub mod exttsp;
 pub mod infer;
@@ -32,13 +34,15 @@ pub enum Pass {
     ExtTsp,
     /// Choice of patched blocks.
     Entries,
+    /// Choice of functions.
+    Dispatch,
     /// Function ordering.
     CdSort,
 }
 
 impl Pass {
     /// Every pass in the order in which they run.
-    pub const ALL: [Self; 5] = [Self::Infer, Self::Split, Self::ExtTsp, Self::Entries, Self::CdSort];
+    pub const ALL: [Self; 6] = [Self::Infer, Self::Split, Self::ExtTsp, Self::Entries, Self::Dispatch, Self::CdSort];
 
     /// The word for it in `--passes` and in a plan.
     #[must_use]
@@ -48,6 +52,7 @@ impl Pass {
             Self::Split => "split",
             Self::ExtTsp => "exttsp",
             Self::Entries => "entries",
+            Self::Dispatch => "dispatch",
             Self::CdSort => "cdsort",
         }
     }
@@ -65,7 +70,7 @@ impl Default for PassSet {
 
 /// A word in a pass list that is no pass.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no pass \"{0}\"; the passes are infer, split, exttsp, entries and cdsort")]
+#[error("there is no pass \"{0}\"; the passes are infer, split, exttsp, entries, dispatch and cdsort")]
 pub struct UnknownPass(pub String);
 
 impl PassSet {
