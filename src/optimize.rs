@@ -52,7 +52,7 @@ pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failur
     group.refresh()?;
     let mut applier = Applier::new(&stored.plan, None)?;
     let mut applied = apply_group_with(&mut applier, &Choice::All, &stored, &mut group, out)?;
-    let (gain, not_measured) = match pays::check(&applier, &stored, &mut group, args.duration, out)? {
+    let (gain, not_measured) = match pays::check(&mut applier, &stored, &mut group, args.duration, out)? {
         Verdict::Pays(gain) => (Some(gain), None),
         Verdict::TakenOut(gain) => {
             applied.state = StateWord(State::Undynimized);

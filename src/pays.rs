@@ -14,7 +14,7 @@ use dyni_collector::{Group, Target, cpu_time};
 use dyni_schema::{BuildId, FunctionPlan, LinkAddr, ModulePlan};
 
 use crate::apply::apply_group_with;
-use crate::errors::Failure;
+use crate::errors::{Failure, Status};
 use crate::gain::{Estimate, Slice};
 use crate::interrupt::Interruptible;
 use crate::output::Output;
@@ -56,9 +56,34 @@ pub enum Verdict {
 /// # Errors
 /// The program can't be changed any more; what was applied is taken out, as far as that can be.
 pub fn check(
-    applier: &Applier<'_>,
+    applier: &mut Applier<'_>,
     stored: &StoredPlan,
     group: &mut Group,
+    duration: Duration,
+    out: Output,
+) -> Result<Verdict, Failure> {
+    let verdict = compare(applier, stored, group, duration, out);
+    match &verdict {
+        Ok(Verdict::TakenOut(_)) => drop(undo_group(group)?),
+        Ok(Verdict::Pays(estimate)) => {
+            group.refresh()?;
+            for member in &group.members {
+                // For `status`. Whoever ended meanwhile needs no note.
+                let _ = applier.note_gain(member.pid, estimate.ratio.into());
+            }
+        }
+        Ok(Verdict::Unknown(_)) => {}
+        // What is in force where nobody knows: nothing, then.
+        Err(_) => drop(undo_group(group)),
+    }
+    verdict
+}
+
+/// Measures; the plan is in force again afterwards, or an error says that it may not be.
+fn compare(
+    applier: &mut Applier<'_>,
+    stored: &StoredPlan,
+    group: &Group,
     duration: Duration,
     out: Output,
 ) -> Result<Verdict, Failure> {
@@ -70,27 +95,20 @@ pub fn check(
     let mut few = few_of(group);
     undo_group(&mut few)?;
     few.refresh()?;
-    apply_group_with(&mut yardstick, &Choice::All, &without, &mut few, out.silent())?;
+    match apply_group_with(&mut yardstick, &Choice::All, &without, &mut few, out.silent()) {
+        Err(refusal) if refusal.status() == Status::Refused => {
+            few.refresh()?;
+            apply_group_with(applier, &Choice::All, stored, &mut few, out.silent())?;
+            return Ok(Verdict::Unknown(refusal.to_string()));
+        }
+        done => drop(done?),
+    }
     let trial = Trial {
         plans: [applier, &yardstick],
         members: HashMap::new(),
         blocks: without.plan.modules.iter().flat_map(blocks_of).collect(),
     };
-    let verdict = trial.run(&mut few, duration, out);
-    match &verdict {
-        Ok(Verdict::TakenOut(_)) => drop(undo_group(group)?),
-        Ok(Verdict::Pays(estimate)) => {
-            group.refresh()?;
-            for member in &group.members {
-                // For `status`. Whoever ended meanwhile needs no note.
-                let _ = applier.note_gain(member.pid, estimate.ratio.into());
-            }
-        }
-        Ok(Verdict::Unknown(_)) => {}
-        // Which of the two is in force nobody knows: neither, then.
-        Err(_) => drop(undo_group(group)),
-    }
-    verdict
+    trial.run(&mut few, duration, out)
 }
 
 /// What is in force in a slice.
@@ -121,7 +139,8 @@ fn blocks_of(module: &ModulePlan) -> impl Iterator<Item = (BuildId, LinkAddr)> +
 
 impl Trial<'_, '_> {
     fn run(mut self, group: &mut Group, duration: Duration, out: Output) -> Result<Verdict, Failure> {
-        let progress = out.progress_of("checking that it pays", MAX_PAIRS as u64);
+        let expected = (duration * LIMIT).as_millis() as u64;
+        let progress = out.progress_of("checking that it pays", expected);
         let interruptible = Interruptible::new();
         let slice = (duration / PART).max(SHORTEST);
         let start = Instant::now();
@@ -137,7 +156,7 @@ impl Trial<'_, '_> {
             }
             let [with, without] = &slices;
             logs.extend(with.against(without));
-            progress.set(pair as u64 + 1);
+            progress.set(expected.min(start.elapsed().as_millis() as u64));
             if interruptible.asked() {
                 break;
             }
