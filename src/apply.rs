@@ -1,7 +1,7 @@
 //! `dyni apply`: a plan's code into every process of a program.
 
 use dyni_applier::{Applied, AppliedModule, Applier, ApplyError, Choice, Prepared, State};
-use dyni_collector::{Group, Target, TargetError};
+use dyni_collector::Group;
 use dyni_schema::Plan;
 use serde::Serialize;
 
@@ -10,10 +10,8 @@ use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 use crate::store::{Store, StoredPlan};
-use crate::targets::{Refused, StateWord, find, has_ended, root_first, state_line};
+use crate::targets::{ROUNDS, Refused, StateWord, born, find, has_ended, root_first, state_line};
 
-/// How often a group is looked at again for children that were forked while others were changed.
-const ROUNDS: usize = 16;
 /// How often a process that changes meanwhile is tried.
 const ATTEMPTS: usize = 4;
 
@@ -172,12 +170,6 @@ fn patiently(applier: &mut Applier<'_>, pid: i32, choice: &Choice) -> Result<App
         }
     }
     applier.apply_chosen(pid, choice)
-}
-
-/// The members that are new since the group was last looked at.
-fn born(group: &mut Group) -> Result<Vec<Target>, TargetError> {
-    let changes = group.refresh()?;
-    Ok(root_first(group).into_iter().filter(|m| changes.born.contains(&m.pid)).collect())
 }
 
 /// Takes out what was done before the failure, by PID: the group may have changed under our hands (by an exec).

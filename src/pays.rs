@@ -19,7 +19,7 @@ use crate::gain::{Estimate, Slice};
 use crate::interrupt::Interruptible;
 use crate::output::Output;
 use crate::store::StoredPlan;
-use crate::targets::{few_of, has_ended, root_first};
+use crate::targets::{ROUNDS, born, few_of, has_ended, root_first};
 use crate::undo::undo_group;
 
 /// A slice is this part of the recording's duration.
@@ -30,14 +30,11 @@ const SHORTEST: Duration = Duration::from_millis(10);
 const WARM_UP: u32 = 4;
 /// Nothing more is measured once the interval is this narrow on each side.
 const CLOSE: f64 = 0.01;
-/// How many pairs of slices are measured at most; even, so that the optimisation is in force at the end.
+/// How many pairs of slices are measured at most.
 const MAX_PAIRS: usize = 1024;
 /// For how many times the recording's duration it is measured, and for how many if it can't yet be told from no gain.
 const LIMIT: u32 = 2;
 const LIMIT_IN_DOUBT: u32 = 4;
-
-/// How often a group is looked at again for children that were forked while others were changed.
-const ROUNDS: usize = 16;
 
 /// What came of it.
 #[derive(Debug)]
@@ -180,18 +177,19 @@ impl Trial<'_, '_> {
 
     /// Puts one of the two in force in every process.
     fn change(&mut self, arm: Arm, group: &mut Group) -> Result<(), Failure> {
-        // Again for those that were born of a member that had not been changed yet.
+        let mut todo = root_first(group);
         for _ in 0..ROUNDS {
-            for member in root_first(group) {
-                match self.change_member(arm, &member) {
+            for member in &todo {
+                match self.change_member(arm, member) {
                     Ok(()) => {}
-                    Err(e) if has_ended(&member, &e) && member.pid != group.root.pid => {}
+                    Err(e) if has_ended(member, &e) && member.pid != group.root.pid => {}
                     Err(e) => return Err(e.into()),
                 }
             }
-            let changes = group.refresh()?;
+            // Those that were born of a member that had not been changed yet.
+            todo = born(group)?;
             self.members.retain(|pid, _| group.member(*pid).is_some());
-            if changes.born.is_empty() {
+            if todo.is_empty() {
                 break;
             }
         }

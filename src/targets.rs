@@ -37,6 +37,15 @@ pub fn root_first(group: &Group) -> Vec<Target> {
     first
 }
 
+/// How often a group is looked at again for children that were forked while others were changed.
+pub const ROUNDS: usize = 16;
+
+/// The members that are new since the group was last looked at, in the order in which they are changed.
+pub fn born(group: &mut Group) -> Result<Vec<Target>, TargetError> {
+    let changes = group.refresh()?;
+    Ok(root_first(group).into_iter().filter(|m| changes.born.contains(&m.pid)).collect())
+}
+
 /// Whether a member of a group failed because it has ended or is about to: it is no part of the program any more.
 pub fn has_ended(member: &Target, e: &ApplyError) -> bool {
     // The kernel takes a process's memory away before it calls it a zombie: then only the error tells.

@@ -11,10 +11,7 @@ use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Output, Paint, Report, plural};
 use crate::status::dynimized;
-use crate::targets::{StateWord, find, has_ended, root_first, state_line};
-
-/// How often a group is looked at again for children that were forked while others were undone.
-const ROUNDS: usize = 16;
+use crate::targets::{ROUNDS, StateWord, born, find, has_ended, root_first, state_line};
 
 /// `dyni undo --json`.
 #[derive(Debug, Serialize)]
@@ -79,11 +76,8 @@ pub fn undo_group(group: &mut Group) -> Result<Vec<Undone>, Failure> {
                 Err(e) => first_failure = first_failure.or(Some(Failure::from(e))),
             }
         }
-        match group.refresh() {
-            Ok(changes) => {
-                todo = root_first(group);
-                todo.retain(|m| changes.born.contains(&m.pid));
-            }
+        match born(group) {
+            Ok(children) => todo = children,
             Err(TargetError::Exited(_)) => todo.clear(),
             Err(e) => return Err(e.into()),
         }

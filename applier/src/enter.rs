@@ -99,16 +99,10 @@ impl Edits {
         let mut unsafe_now = patch::pointed_into(stopped, memory, maps, &places);
         let moved = move_in(stopped, sites, memory, &places, &mut unsafe_now)?;
         failpoint::pass("apply:threads-moved", stopped.pid);
-        let mut keep = Vec::with_capacity(self.all.len());
-        for (edit, &site) in self.all.iter().zip(&self.site) {
-            let safe = !unsafe_now.contains(&edit.at);
-            self.dropped[site] += u32::from(!safe);
-            keep.push(safe);
-        }
-        let mut kept = keep.iter();
-        self.all.retain(|_| *kept.next().expect("one for each"));
-        let mut kept = keep.iter();
-        self.site.retain(|_| *kept.next().expect("one for each"));
+        let edits = std::mem::take(&mut self.all).into_iter().zip(std::mem::take(&mut self.site));
+        let (safe, unsafe_edits): (Vec<_>, Vec<_>) = edits.partition(|(edit, _)| !unsafe_now.contains(&edit.at));
+        unsafe_edits.iter().for_each(|(_, site)| self.dropped[*site] += 1);
+        (self.all, self.site) = safe.into_iter().unzip();
         let written = patch::write(stopped, memory, &self.all, "apply:half-patched")?;
         failpoint::pass("apply:patched", stopped.pid);
         for (&site, _) in self.site.iter().zip(&written).filter(|(_, written)| **written) {

@@ -99,7 +99,7 @@ fn install_here(
     let mut sites = Vec::new();
     for generation in generations {
         let Some(module) = modules.iter().find(|m| m.build_id == generation.build_id) else { continue };
-        if !text_is_original(pid, generation, module, &memory, &maps, &entries)? {
+        if !text_is_original(pid, generation, module, &memory, &maps, &entries, &[]) {
             return Err(ApplyError::Changed(pid));
         }
         let wanted = generation.ledger(module, room.page());
@@ -165,22 +165,25 @@ fn install_here(
 }
 
 /// Whether this process has, for every function of the generation, the very bytes that the copies were made from, in
-/// pages that nobody else has ever written to.
-fn text_is_original(
+/// pages that nobody else has ever written to. The patches of the generations in `patched` do not count.
+pub(crate) fn text_is_original(
     pid: i32,
     generation: &Generation,
     module: &MappedModule,
     memory: &Memory,
     maps: &[Mapping],
     entries: &[Entry],
-) -> Result<bool, ApplyError> {
+    patched: &[&Entry],
+) -> bool {
     let written = written::pages(pid, &module.text, maps, entries);
     let same = |(start, bytes): (LinkAddr, &[u8])| {
         let at = start.run(module.bias);
         let mut live = vec![0; bytes.len()];
-        memory.read_some(at, &mut live) == bytes.len() && live == bytes && !written.touches(at, bytes.len() as u64)
+        let n = memory.read_some(at, &mut live);
+        patched.iter().for_each(|entry| entry.without_patches(start, &mut live));
+        n == bytes.len() && live == bytes && !written.touches(at, bytes.len() as u64)
     };
-    Ok(generation.originals.iter().all(same))
+    generation.originals.iter().all(same)
 }
 
 /// Whether this generation of the process is the one wanted, whole, so that only its patches have to be written again.

@@ -8,15 +8,14 @@ use crate::enter::{Choice, Edits, Site, escapes};
 use crate::error::ApplyError;
 use crate::failpoint;
 use crate::generation::Generation;
-use crate::install::{STOP_PATIENCE, is_same};
+use crate::install::{STOP_PATIENCE, is_same, text_is_original};
 use crate::ledger::{self, Entry, Journal};
 use crate::lock::Lock;
 use crate::patch::{self, Edit};
 use crate::remote::{Memory, Stopped, in_own_thread};
 use crate::undo::{move_out, taking_out};
-use crate::written;
 use dyni_collector::maps::{self, MappedModule};
-use dyni_schema::{LinkAddr, RunAddr};
+use dyni_schema::RunAddr;
 
 /// One process and the two plans that take turns in it. No other dyni changes the process as long as this lives.
 #[derive(Debug)]
@@ -85,14 +84,10 @@ impl<'g> Swap<'g> {
         };
         for site in &side.sites {
             let Some(module) = self.modules.iter().find(|m| m.build_id == site.generation.build_id) else { continue };
-            let written = written::pages(self.pid, &module.text, &maps, &self.entries);
-            let patched = other.sites.iter().find(|o| o.generation.build_id == site.generation.build_id);
-            let same = |(start, bytes): (LinkAddr, &[u8])| {
-                let Some(mut live) = site.entry.original_bytes(&self.memory, start, bytes.len()) else { return false };
-                patched.inspect(|other| other.entry.without_patches(start, &mut live));
-                live == bytes && !written.touches(start.run(site.bias), bytes.len() as u64)
-            };
-            if !site.generation.originals.iter().all(same) {
+            let of_module = |o: &&Site<'_>| o.generation.build_id == site.generation.build_id;
+            let patched: Vec<_> = other.sites.iter().filter(of_module).chain([site]).map(|s| &s.entry).collect();
+            let (generation, memory) = (site.generation, &self.memory);
+            if !text_is_original(self.pid, generation, module, memory, &maps, &self.entries, &patched) {
                 return Err(ApplyError::Changed(self.pid));
             }
         }

@@ -340,9 +340,17 @@ fn call_here(
         stragglers.settle();
         let all = threads(pid)?;
         let mut in_handlers = 0;
-        for tid in all.iter().copied().filter(|&tid| may_be_safe(pid, tid)) {
-            let known = walked.get(&tid);
-            let judge = |r: &Registers| places.judge_waiting(memory, r, known);
+        let waiting = all.iter().filter(|&&tid| may_be_safe(pid, tid)).map(|&tid| (tid, true));
+        let runs = |tid: i32| computing && rounds > PATIENT_ROUNDS && thread_state(pid, tid) == Some(b'R');
+        let running = all.iter().filter(|&&tid| runs(tid)).map(|&tid| (tid, false));
+        for (tid, waits) in waiting.chain(running) {
+            if !waits {
+                frames.get_or_insert_with(|| Frames::of(pid)).read_all();
+            }
+            let judge = |r: &Registers| match frames.as_mut().filter(|_| !waits) {
+                Some(frames) => places.judge_computing(memory, r, frames),
+                None => places.judge_waiting(memory, r, walked.get(&tid)),
+            };
             match try_on(pid, tid, memory, &places, judge, room, function, arguments, &mut stragglers) {
                 Ok(Try::Done(result)) => return Ok(result),
                 Ok(Try::Doubt(stack)) => {
@@ -358,21 +366,6 @@ fn call_here(
             }
         }
         hopeless = if in_handlers == all.len() { hopeless + 1 } else { 0 };
-        if computing && rounds > PATIENT_ROUNDS {
-            if rounds == PATIENT_ROUNDS + 1 {
-                frames.get_or_insert_with(|| Frames::of(pid)).read_all();
-            }
-            let frames = frames.get_or_insert_with(|| Frames::of(pid));
-            for tid in all.iter().copied().filter(|&tid| thread_state(pid, tid) == Some(b'R')) {
-                let judge = |r: &Registers| places.judge_computing(memory, r, frames);
-                match try_on(pid, tid, memory, &places, judge, room, function, arguments, &mut stragglers) {
-                    Ok(Try::Done(result)) => return Ok(result),
-                    Ok(_) => {}
-                    Err(CallError::Remote(e)) if e.is_passing() || matches!(e, RemoteError::Died(_)) => {}
-                    Err(e) => return Err(e),
-                }
-            }
-        }
         std::thread::sleep(Duration::from_millis(2));
     }
     if threads(pid)?.is_empty() { Err(RemoteError::Died(pid).into()) } else { Err(CallError::NoSafePoint(pid)) }

@@ -92,10 +92,8 @@ pub fn deregister(pid: i32, memory: &Memory, unwinder: &Unwinder, place: &Place)
     if !is_registered(memory, place)? {
         return Ok(());
     }
-    let object = {
-        let arguments = [place.section.0, 0];
-        function::call(pid, memory, place.room(), unwinder.deregister, arguments, !unwinder.own_malloc)?
-    };
+    let arguments = [place.section.0, 0];
+    let object = function::call(pid, memory, place.room(), unwinder.deregister, arguments, !unwinder.own_malloc)?;
     if object != place.object().0 {
         return Err(RegisterError::NotTaken(pid));
     }
