@@ -4,10 +4,10 @@
 
 use dyni_analyzer::counting::counting_plan;
 use dyni_analyzer::plan::{Module, Options};
-use dyni_applier::{Applier, Choice, Tally, counters};
+use dyni_applier::{Applier, Choice, CounterReader, Tally, counters};
 use dyni_collector::Group;
 use dyni_schema::envelope::{BlobId, seal};
-use dyni_schema::{BuildId, LinkAddr, Method, Profile, Ranges};
+use dyni_schema::{Branches, BuildId, LinkAddr, Method, Profile, Ranges};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
@@ -28,8 +28,8 @@ const BURSTS: u32 = 4;
 /// Copies that count are up to twice as slow, and the whole recording may slow the program down by a tenth: so they are in
 /// force for at most one part in this many of the time for counting.
 const DUTY: u32 = 3;
-/// How often a burst looks whether it was asked to end.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often a burst looks what was called last through pointers, and whether it was asked to end.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// How long to sample of a recording that is to be counted too.
 pub fn sampling_part(duration: Duration) -> Duration {
@@ -56,14 +56,17 @@ pub fn count_group(
     // get patches wherever execution may come back from an indirect jump, so that no count is missing.
     let mut choice = Choice::Entries;
     let mut tally = tally_of(group);
+    let mut calls = Calls::default();
     for burst in 0..BURSTS {
         let begin = Instant::now();
         group.refresh()?;
         let applied = apply_group_with(&mut applier, &choice, &stored, group, out)?;
         out.detail(&summary(&applied));
         let in_force = Instant::now();
+        let readers: Vec<_> = group.members.iter().filter_map(|m| CounterReader::open(m.pid).ok()).collect();
         while in_force.elapsed() < part / DUTY && !interruptible.asked() {
             std::thread::sleep(LOOK.min(part / DUTY));
+            readers.iter().for_each(|reader| calls.look(reader));
         }
         // Those that were born meanwhile count too.
         let refreshed = group.refresh();
@@ -81,7 +84,7 @@ pub fn count_group(
         }
         std::thread::sleep(part.saturating_sub(begin.elapsed()));
     }
-    add(profile, &tally.blocks(), binaries)
+    add(profile, &tally.blocks(), &calls, binaries)
 }
 
 /// A tally that begins with what the group's counters say now.
@@ -116,6 +119,31 @@ fn summary(applied: &ApplyReport) -> String {
 /// What the counters say of each module: for each counted block its length in bytes and how often it ran.
 type Counted = BTreeMap<BuildId, BTreeMap<LinkAddr, (u32, u64)>>;
 
+/// What calls through pointers were seen to have called, by module: site and callee, and how often it was the last one when
+/// it was looked at. Callee 0 stands for all that are not in the module.
+#[derive(Debug, Default)]
+struct Calls(BTreeMap<BuildId, BTreeMap<(LinkAddr, LinkAddr), u64>>);
+
+impl Calls {
+    fn look(&mut self, reader: &CounterReader) {
+        for (module, site, callee) in reader.last_calls() {
+            let seen = self.0.entry(module).or_default();
+            *seen.entry((site, callee.unwrap_or_default())).or_default() += 1;
+        }
+    }
+
+    /// As a profile has them.
+    fn branches(&self, module: &BuildId) -> Branches {
+        let seen = || self.0.get(module).into_iter().flatten();
+        Branches {
+            from: seen().map(|(call, _)| call.0.0).collect(),
+            to: seen().map(|(call, _)| call.1.0).collect(),
+            count: seen().map(|(_, count)| *count).collect(),
+            mispredicted: seen().map(|_| 0).collect(),
+        }
+    }
+}
+
 /// Adds the places of a profile's samples: a loop that is never left is not entered either, so what was sampled is counted
 /// even if it did not seem to run.
 fn with_samples(mut places: BTreeMap<BuildId, BTreeSet<LinkAddr>>, profile: &Profile) -> Choice {
@@ -127,7 +155,7 @@ fn with_samples(mut places: BTreeMap<BuildId, BTreeSet<LinkAddr>>, profile: &Pro
 
 /// Puts the counts into the profile. A function that was sampled and never counted keeps its samples instead: it may have
 /// had no work just then, or one that was under way all the time.
-fn add(profile: &mut Profile, counted: &Counted, binaries: &[Binary]) -> Result<(), Failure> {
+fn add(profile: &mut Profile, counted: &Counted, calls: &Calls, binaries: &[Binary]) -> Result<(), Failure> {
     let (mut confirmed, mut sampled) = (0, 0);
     let mut all_ranges = BTreeMap::new();
     for module in &profile.modules {
@@ -159,6 +187,7 @@ fn add(profile: &mut Profile, counted: &Counted, binaries: &[Binary]) -> Result<
     }
     for module in &mut profile.modules {
         module.ranges = all_ranges.remove(&module.build_id).unwrap_or_default();
+        module.branches = calls.branches(&module.build_id);
     }
     profile.method = Method::Count;
     Ok(())

@@ -6,6 +6,7 @@
 
 mod build;
 
+use crate::image::Image;
 use dyni_schema::LinkAddr;
 
 pub use build::{MAX_FUNCTION, build};
@@ -139,6 +140,18 @@ pub struct JumpTable {
     pub exact: bool,
 }
 
+impl JumpTable {
+    /// Its bytes in the file; addresses in it as link addresses.
+    #[must_use]
+    pub fn bytes(&self, image: &Image) -> Option<Vec<u8>> {
+        if !self.absolute {
+            return image.bytes(self.address, self.targets.len() * 4).map(<[u8]>::to_vec);
+        }
+        let slots = (0..self.targets.len() as u64).map(|i| image.pointer_at(self.address.plus(8 * i)));
+        Some(slots.collect::<Option<Vec<_>>>()?.iter().flat_map(|to| to.0.to_le_bytes()).collect())
+    }
+}
+
 /// The control-flow graph of one function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cfg {
@@ -157,6 +170,24 @@ impl Cfg {
     #[must_use]
     pub fn block_at(&self, start: LinkAddr) -> Option<usize> {
         self.blocks.binary_search_by_key(&start, |b| b.start).ok()
+    }
+
+    /// Parts the block that holds this instruction boundary there, if it is inside one: the first part runs on into the
+    /// second.
+    pub fn part(&mut self, at: LinkAddr, last_before: LinkAddr) {
+        let Some(index) = self.block_holding(at).filter(|&i| self.blocks[i].start < at) else { return };
+        let whole = &mut self.blocks[index];
+        let mut rest = whole.clone();
+        (rest.start, rest.address_taken) = (at, false);
+        (whole.end, whole.last, whole.terminator) = (at, last_before, Terminator::FallThrough);
+        whole.successors = vec![index as u32 + 1];
+        self.blocks.insert(index + 1, rest);
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            let moved = |s: &mut u32| *s += u32::from(*s as usize > index);
+            if i != index {
+                block.successors.iter_mut().for_each(moved);
+            }
+        }
     }
 
     /// The block that holds the byte at this address.

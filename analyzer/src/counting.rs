@@ -9,8 +9,8 @@ use crate::image::Image;
 use crate::passes::infer::Evidence;
 use crate::passes::{FunctionLayout, entries, infer};
 use crate::plan::{self, Error, Module, Options, Seen, chosen_modules};
-use crate::{probes, refuse};
-use dyni_schema::{FunctionPlan, LinkAddr, ModulePlan, ModuleProfile, Plan, PlanKind, Profile};
+use crate::{calls, probes, refuse};
+use dyni_schema::{CallSite, FunctionPlan, LinkAddr, ModulePlan, ModuleProfile, Plan, PlanKind, Profile};
 use rayon::prelude::*;
 use std::collections::BTreeSet;
 
@@ -87,7 +87,10 @@ fn count_module(module: &Module<'_>, seen: &ModuleProfile, profile: &Profile, op
         wave = next.into_iter().map(|index| (index, 0)).collect();
     }
     layouts.sort_by_key(|l| l.function.start);
-    layouts.par_iter_mut().for_each(|l| l.probes = probes_of(module.image, l));
+    layouts.par_iter_mut().for_each(|l| {
+        l.probes = probes_of(module.image, l);
+        l.calls = calls_of(module.image, l);
+    });
     layouts.par_iter().map(|l| plan::function_plan(l, function_hash(module.image, &l.function))).collect()
 }
 
@@ -101,6 +104,14 @@ fn callees(layout: &FunctionLayout) -> impl Iterator<Item = LinkAddr> + '_ {
         };
         info.calls.iter().map(|c| c.1).chain(jump)
     })
+}
+
+/// The calls through pointers whose targets are recorded: all that can be.
+fn calls_of(image: &Image, layout: &FunctionLayout) -> Vec<CallSite> {
+    let code = image.bytes(layout.cfg.start, layout.function.size as usize).unwrap_or(&[]);
+    let sites = calls::sites(&layout.cfg, code).into_iter();
+    let copied = sites.filter(|s| layout.order.binary_search(&(s.block as u32)).is_ok());
+    copied.map(|s| CallSite { at: s.at.distance(layout.cfg.start) as u32, callee: 0 }).collect()
 }
 
 /// The blocks that must be counted for all counts to be known.

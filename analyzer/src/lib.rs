@@ -1,6 +1,7 @@
 //! Code recovery and layout: from an ELF image and a profile to a plan. Pure: no process, no database, no clock, the same
 //! result on any host and any number of threads.
 
+pub mod calls;
 pub mod cdsort;
 pub mod cfg;
 mod chains;
@@ -17,6 +18,7 @@ pub mod probes;
 pub mod refuse;
 pub mod simplex;
 pub mod stats;
+pub mod table_loads;
 pub mod targets;
 #[cfg(test)]
 mod testing;

@@ -317,6 +317,9 @@ pub(crate) fn lay_out(
             Pass::Split => passes::split::run(&mut layout),
             Pass::ExtTsp => passes::exttsp::run(&mut layout),
             Pass::Entries => passes::entries::run(&mut layout),
+            Pass::Plt => passes::plt::run(&layout, module.image),
+            Pass::Tables => passes::tables::run(&mut layout, module.image),
+            Pass::Promote => passes::promote::run(&mut layout, module, evidence),
             Pass::Dispatch => match passes::dispatch::run(&layout) {
                 (true, stats) => stats,
                 (false, _) => return Err(Reason::Dispatch),
@@ -329,14 +332,21 @@ pub(crate) fn lay_out(
 
 /// A function's part of a plan.
 pub(crate) fn function_plan(layout: &FunctionLayout, hash: dyni_schema::FunctionHash) -> FunctionPlan {
+    let whole = |b: u32| layout.parts.partition_point(|p| p.0 < b)..layout.parts.partition_point(|p| p.0 <= b);
+    // Each block, and what promoted calls part from it.
+    let parts = |&b: &u32| {
+        let b = layout.offset(b);
+        std::iter::once(b).chain(layout.parts[whole(b)].iter().map(|p| p.1))
+    };
     FunctionPlan {
         start: layout.function.start.0,
         size: layout.function.size,
         hash,
-        blocks: layout.order.iter().map(|&b| layout.offset(b)).collect(),
-        hot: layout.hot as u32,
+        blocks: layout.order.iter().flat_map(parts).collect(),
+        hot: layout.order[..layout.hot].iter().flat_map(parts).count() as u32,
         entries: layout.entries.iter().map(|&b| layout.offset(b)).collect(),
         probes: layout.probes.iter().map(|&b| layout.offset(b)).collect(),
+        calls: layout.calls.clone(),
         weight: layout.weight,
     }
 }

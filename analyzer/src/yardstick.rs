@@ -58,7 +58,7 @@ pub fn plan(layout: &Plan) -> Plan {
     let as_it_was = |f: &FunctionPlan| {
         let mut blocks = f.blocks.clone();
         blocks.sort_unstable();
-        FunctionPlan { hot: blocks.len() as u32, blocks, ..f.clone() }
+        FunctionPlan { hot: blocks.len() as u32, blocks, calls: Vec::new(), ..f.clone() }
     };
     let module = |m: &ModulePlan| {
         let mut functions: Vec<_> = m.functions.iter().filter(|f| !f.probes.is_empty()).map(as_it_was).collect();

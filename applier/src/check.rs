@@ -10,19 +10,25 @@
 //!   changes is dead;
 //! - where the original goes on at Z (a jump, either way of a branch, or the end of the block), the copy must go on at Z
 //!   itself, or at the copy of Z that the block map names, with at most direct jumps between;
-//! - a call must go to the same function, or to the copy of its entry.
+//! - a call must go to the same function, or to the copy of its entry;
+//! - a shortcut must be one of those that the emission names, and what it says of the original must be so
+//!   ([`crate::shortcuts`]): a stub is one, every entry of a table in the cache means the original's, and a promoted call
+//!   goes to its function's copy after a comparison with that function, else to a copy of the plain call.
 //!
 //! What it takes for granted is that nobody looks at return addresses; which calls must stay in the original because
-//! somebody does is the analyzer's to say (`KeepOriginal`).
+//! somebody does is the analyzer's to say (`KeepOriginal`), as it is how long a jump table is, that nobody writes to it, and
+//! that nobody sees which one was read ([`dyni_analyzer::table_loads`]); and at which calls through pointers r11 and the
+//! flags are dead ([`dyni_analyzer::calls`]).
 //!
 //! As every block of the map is proven and every edge ends in the map or in the original, the claim follows for whole
 //! executions by induction on their length. Like regalloc2's checker, this verifies each result, not the algorithm.
 
 use crate::lower::{CopiedBlock, CounterMap, Emission};
+use crate::shortcuts::{Shortcuts, TableLoad};
 use dyni_schema::{CacheAddr, LinkAddr};
 use iced_x86::{
     Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    Register, RflagsBits,
+    OpKind, Register, RflagsBits,
 };
 use rayon::prelude::*;
 
@@ -62,6 +68,22 @@ struct Copies<'a> {
     cache: LinkAddr,
     blocks: &'a [CopiedBlock],
     counters: &'a CounterMap,
+    shortcuts: &'a Shortcuts,
+}
+
+/// What there is besides the code and the block map.
+#[derive(Clone, Copy)]
+pub struct Extras<'a> {
+    /// What is counted.
+    pub counters: &'a CounterMap,
+    /// What copies go past.
+    pub shortcuts: &'a Shortcuts,
+}
+
+impl<'a> From<&'a Emission> for Extras<'a> {
+    fn from(emission: &'a Emission) -> Self {
+        Self { counters: &emission.counters, shortcuts: &emission.shortcuts }
+    }
 }
 
 impl Copies<'_> {
@@ -76,11 +98,9 @@ impl Copies<'_> {
 
     /// Whether going to `to` means what going to the original's `original` means.
     fn means(&self, to: u64, original: u64) -> bool {
-        to == original
-            || self
-                .blocks
-                .binary_search_by_key(&LinkAddr(original), |b| b.original)
-                .is_ok_and(|i| self.cache.plus(self.blocks[i].copy.0).0 == to)
+        let first = self.blocks.partition_point(|b| b.original.0 < original);
+        let mut copies = self.blocks[first..].iter().take_while(|b| b.original.0 == original);
+        to == original || copies.any(|b| self.cache.plus(b.copy.0).0 == to)
     }
 
     /// Whether the copy, being at `at`, goes on where the original goes on at `original`.
@@ -88,6 +108,158 @@ impl Copies<'_> {
         self.means(at, original)
             || self.decode(at).is_some_and(|i| is_jump(&i) && self.means(i.near_branch_target(), original))
     }
+}
+
+/// Shortcuts. See [`crate::shortcuts`] for why each means what the original means.
+impl Copies<'_> {
+    /// Whether `c` goes through the slot of the stub at `stub`: `call [slot]` or `jmp [slot]`, which has this first byte of
+    /// an operand.
+    fn passes_stub(&self, c: &Instruction, opcode: [u8; 2], stub: u64) -> bool {
+        let slot = self.shortcuts.slot(stub);
+        slot.is_some()
+            && c.is_ip_rel_memory_operand()
+            && Some(c.ip_rel_memory_address()) == slot
+            && self.begins(c, &opcode)
+    }
+
+    /// Whether `c` is `o`, which reads a jump table, but for its displacement, and how far it reads from there.
+    fn reads_table(&self, o: &Instruction, o_bytes: &[u8], c: &Instruction) -> Option<u64> {
+        self.shortcuts.table(o.ip())?;
+        let Operand { segment, rex, opcode, modrm, rest } = Operand::of(o_bytes)?;
+        let (bytes, displacement) = self.bytes(c).split_last_chunk::<4>()?;
+        // With an index, so never counted from here; without a base the displacement has four bytes already.
+        let index = rest.first().filter(|_| modrm & 7 == 4 && modrm >> 6 != 3)?;
+        let no_base = modrm >> 6 == 0 && index & 7 == 5;
+        let modrm = if no_base { modrm } else { modrm & 0x3f | 0x80 };
+        let same = [segment, rex, &[opcode, modrm, *index]].concat() == bytes;
+        let moved = i64::from(i32::from_le_bytes(*displacement)) as u64;
+        same.then(|| moved.wrapping_sub(o.memory_displacement64()))
+    }
+
+    /// Whether every entry of the table that lies so far from the original's means what that means.
+    fn has_table(&self, table: TableLoad, moved: u64, originals: &dyn Originals) -> bool {
+        let width = if table.absolute { 8 } else { 4 };
+        let entries = originals.bytes(LinkAddr(table.table), table.count as usize * width);
+        let clone = table.table.wrapping_add(moved);
+        let first = usize::try_from(LinkAddr(clone).distance(self.cache)).ok();
+        let means = |(i, entry): (usize, &[u8])| {
+            let at = first.and_then(|first| first.checked_add(i * width));
+            match *entry {
+                [a, b, c, d] => {
+                    let target = table.table.wrapping_add(i64::from(i32::from_le_bytes([a, b, c, d])) as u64);
+                    let copy = at.and_then(|at| self.code.get(at..at.checked_add(4)?));
+                    let distance = |copy: &[u8]| i32::from_le_bytes(copy.try_into().expect("four bytes"));
+                    // What is added to it is the address of the original's table.
+                    copy.is_some_and(|c| self.means(table.table.wrapping_add(i64::from(distance(c)) as u64), target))
+                }
+                _ => {
+                    let target = u64::from_le_bytes(entry.try_into().expect("eight bytes"));
+                    at.and_then(|at| self.pointer(at)).is_some_and(|to| self.means(to, target))
+                }
+            }
+        };
+        entries.is_some_and(|entries| entries.chunks_exact(width).enumerate().all(means))
+    }
+
+    /// The address that lies at an offset in the cache.
+    fn pointer(&self, at: usize) -> Option<u64> {
+        self.shortcuts.pointers.binary_search(&u32::try_from(at).ok()?).ok()?;
+        let bytes = self.code.get(at..at.checked_add(8)?)?;
+        Some(u64::from_le_bytes(bytes.try_into().expect("eight bytes")))
+    }
+
+    /// The call or jump at the end of a promoted `o` whose copy begins with `lea`.
+    fn promoted(&self, o: &Instruction, o_bytes: &[u8], lea: &Instruction) -> Option<Instruction> {
+        let callee = self.shortcuts.callee(o.ip())?;
+        let to_callee = lea.is_ip_rel_memory_operand() && lea.ip_rel_memory_address() == callee;
+        let compare = self.decode(lea.next_ip())?;
+        let leave = self.decode(compare.next_ip())?;
+        let plain = self.decode(leave.near_branch_target())?;
+        let go = self.decode(leave.next_ip())?;
+        let compares = Operand::of_call(o_bytes)?.with(0x39, 11);
+        // The same bytes, not another promoted copy: that would go round for ever.
+        let is_plain = self.begins(&plain, o_bytes) && plain.len() == o.len() && self.means(plain.ip(), o.ip());
+        let goes = match o.flow_control() {
+            FlowControl::IndirectCall => self.begins(&go, &[0xe8]),
+            _ => is_jump(&go),
+        };
+        (self.begins(lea, &[0x4c, 0x8d, 0x1d])
+            && to_callee
+            && self.bytes(&compare) == compares
+            && self.begins(&leave, &[0x0f, 0x85])
+            && is_plain
+            && goes
+            && self.means(go.near_branch_target(), callee))
+        .then_some(go)
+    }
+
+    /// Whether the copy stores at `at` what `o` calls, and what comes after that.
+    fn records(&self, slot: LinkAddr, o: &Instruction, o_bytes: &[u8], at: u64) -> Option<u64> {
+        let mut store = self.decode(at)?;
+        let mut number = o.op0_register().number() as u8;
+        if o.op0_kind() == OpKind::Memory {
+            let operand = Operand::of_call(o_bytes)?;
+            if self.bytes(&store) != operand.with(0x8b, 11) || store.is_ip_rel_memory_operand() {
+                return None;
+            }
+            number = 11;
+            store = self.decode(store.next_ip())?;
+        }
+        let stores = store.is_ip_rel_memory_operand()
+            && store.ip_rel_memory_address() == slot.0
+            && self.begins(&store, &[0x48 | number >> 3 << 2, 0x89, (number & 7) << 3 | 5]);
+        stores.then_some(store.next_ip())
+    }
+
+    /// The bytes of an instruction of the copy.
+    fn bytes(&self, i: &Instruction) -> &[u8] {
+        let offset = i.ip().wrapping_sub(self.cache.0) as usize;
+        self.code.get(offset..offset + i.len()).unwrap_or(&[])
+    }
+}
+
+/// An instruction with an operand in a register or memory, byte for byte.
+struct Operand<'a> {
+    segment: &'a [u8],
+    rex: &'a [u8],
+    opcode: u8,
+    modrm: u8,
+    rest: &'a [u8],
+}
+
+impl<'a> Operand<'a> {
+    fn of(bytes: &'a [u8]) -> Option<Self> {
+        let segments = bytes.iter().position(|b| ![0x3e, 0x64, 0x65].contains(b))?;
+        let (segment, bytes) = bytes.split_at(segments);
+        let (rex, bytes) = bytes.split_at(usize::from(matches!(*bytes.first()?, 0x40..=0x4f)));
+        let [opcode, modrm, rest @ ..] = bytes else { return None };
+        Some(Self { segment, rex, opcode: *opcode, modrm: *modrm, rest })
+    }
+
+    /// Of a call or jump through a pointer.
+    fn of_call(bytes: &'a [u8]) -> Option<Self> {
+        Self::of(bytes).filter(|o| o.opcode == 0xff && matches!(o.modrm >> 3 & 7, 2 | 4))
+    }
+
+    /// An instruction with this opcode, a 64-bit register and this operand.
+    fn with(&self, opcode: u8, register: u8) -> Vec<u8> {
+        let rex = 0x48 | register >> 3 << 2 | self.rex.first().unwrap_or(&0) & 3;
+        [self.segment, &[rex, opcode, self.modrm & 0xc7 | (register & 7) << 3], self.rest].concat()
+    }
+}
+
+/// Whether a stub of the original does nothing but jump through its slot.
+fn is_stub(stub: u64, slot: u64, originals: &dyn Originals) -> bool {
+    let jumps = |bytes: &[u8]| {
+        let mut decoder = Decoder::with_ip(64, bytes, stub, DecoderOptions::NONE);
+        let mut i = decoder.decode();
+        if i.mnemonic() == Mnemonic::Endbr64 {
+            i = decoder.decode();
+        }
+        let whole = decoder.position() == bytes.len() && i.mnemonic() == Mnemonic::Jmp;
+        whole && i.is_ip_rel_memory_operand() && i.ip_rel_memory_address() == slot
+    };
+    [6, 7, 10, 11].iter().any(|&n| originals.bytes(LinkAddr(stub), n).is_some_and(jumps))
 }
 
 /// Instructions that raise a counter.
@@ -198,18 +370,22 @@ fn is_counter_branch(i: &Instruction) -> bool {
 /// # Errors
 /// The first mismatch, by original address.
 pub fn check(emission: &Emission, cache: LinkAddr, originals: &dyn Originals) -> Result<(), Mismatch> {
-    let counters = &emission.counters;
-    let copies = Copies { code: &emission.code, cache, blocks: &emission.blocks, counters };
+    let copies = Copies::new(&emission.code, cache, &emission.blocks, emission.into());
+    if let Some((stub, _)) = copies.shortcuts.stubs.iter().find(|s| !is_stub(s.0, s.1, originals)) {
+        let what = "a stub is not what it is taken for";
+        return Err(Mismatch { original: LinkAddr(*stub), copy: CacheAddr(0), what });
+    }
     emission
         .blocks
         .par_iter()
-        .map(|block| walk(copies, block, originals).map(drop))
+        .map(|block| walk(copies, block, originals, true).map(drop))
         .collect::<Vec<_>>()
         .into_iter()
         .collect()
 }
 
-/// The instruction boundaries that correspond, in one block; made by the same walk that checks it.
+/// The instruction boundaries that correspond, in one block; made by the same walk that checks it, but for the contents of
+/// jump tables.
 ///
 /// # Errors
 /// The block is not a copy of its original.
@@ -218,15 +394,29 @@ pub fn pairs(
     cache: LinkAddr,
     blocks: &[CopiedBlock],
     block: &CopiedBlock,
-    counters: &CounterMap,
+    extras: Extras<'_>,
     originals: &dyn Originals,
 ) -> Result<Vec<Pair>, Mismatch> {
-    walk(Copies { code, cache, blocks, counters }, block, originals)
+    walk(Copies::new(code, cache, blocks, extras), block, originals, false)
 }
 
-fn walk(copies: Copies<'_>, block: &CopiedBlock, originals: &dyn Originals) -> Result<Vec<Pair>, Mismatch> {
-    let mut counter = copies.counters.of(block.original);
-    let pairs = walk_beside(copies, block, originals, &mut counter)?;
+impl<'a> Copies<'a> {
+    fn new(code: &'a [u8], cache: LinkAddr, blocks: &'a [CopiedBlock], extras: Extras<'a>) -> Self {
+        Self { code, cache, blocks, counters: extras.counters, shortcuts: extras.shortcuts }
+    }
+}
+
+fn walk(
+    copies: Copies<'_>,
+    block: &CopiedBlock,
+    originals: &dyn Originals,
+    with_tables: bool,
+) -> Result<Vec<Pair>, Mismatch> {
+    // The copy of a promoted call that begins a block counts nothing: it is gone to from within the block.
+    let of_original = copies.blocks.partition_point(|b| b.original < block.original);
+    let is_first = copies.blocks.get(of_original) == Some(block);
+    let mut counter = copies.counters.of(block.original).filter(|_| is_first);
+    let pairs = walk_beside(copies, block, originals, with_tables, &mut counter)?;
     match counter {
         None => Ok(pairs),
         Some(_) => Err(Mismatch { original: block.original, copy: block.copy, what: "a counter is not raised" }),
@@ -238,6 +428,7 @@ fn walk_beside(
     copies: Copies<'_>,
     block: &CopiedBlock,
     originals: &dyn Originals,
+    with_tables: bool,
     counter: &mut Option<LinkAddr>,
 ) -> Result<Vec<Pair>, Mismatch> {
     let end = block.original.0.wrapping_add(u64::from(block.size));
@@ -266,13 +457,29 @@ fn walk_beside(
             at = raised.next;
             *counter = None;
         }
+        let o_bytes = &bytes[(o.ip() - block.original.0) as usize..][..o.len()];
+        if let Some(slot) = copies.counters.of_site(LinkAddr(o.ip())) {
+            let Some(next) = copies.records(slot, &o, o_bytes, at) else { return wrong("a call is not recorded") };
+            at = next;
+        }
+        let promoted = copies.decode(at).and_then(|lea| copies.promoted(&o, o_bytes, &lea));
         let place = |at: u64| CacheAddr(at.wrapping_sub(copies.cache.0));
-        pairs.push(Pair { original: LinkAddr(o.ip()), copy: place(here), instruction: place(at) });
+        let instruction = place(promoted.map_or(at, |go| go.ip()));
+        pairs.push(Pair { original: LinkAddr(o.ip()), copy: place(here), instruction });
+        if let Some(go) = promoted {
+            at = go.next_ip();
+            if o.flow_control() == FlowControl::IndirectBranch {
+                return if o.next_ip() == end { Ok(pairs) } else { wrong("a block goes on after its end") };
+            }
+            continue;
+        }
         if o.mnemonic() == Mnemonic::Nop {
             continue;
         }
         if is_jump(&o) {
-            let ok = o.next_ip() == end && copies.goes_on(at, o.near_branch_target());
+            let target = o.near_branch_target();
+            let passes = || copies.decode(at).is_some_and(|c| copies.passes_stub(&c, [0xff, 0x25], target));
+            let ok = o.next_ip() == end && (copies.goes_on(at, target) || passes());
             return if ok { Ok(pairs) } else { wrong("a jump goes elsewhere") };
         }
         let Some(c) = copies.decode(at) else { return wrong("the copy is not an instruction") };
@@ -291,8 +498,15 @@ fn walk_beside(
             return if ok && o.next_ip() == end { Ok(pairs) } else { wrong("a counting branch goes elsewhere") };
         }
         if o.code() == Code::Call_rel32_64 {
-            if c.code() != Code::Call_rel32_64 || !copies.means(c.near_branch_target(), o.near_branch_target()) {
+            let target = o.near_branch_target();
+            let same = c.code() == Code::Call_rel32_64 && copies.means(c.near_branch_target(), target);
+            if !same && !copies.passes_stub(&c, [0xff, 0x15], target) {
                 return wrong("a call goes elsewhere");
+            }
+        } else if let Some(moved) = copies.reads_table(&o, o_bytes, &c) {
+            let table = copies.shortcuts.table(o.ip()).expect("it reads one");
+            if with_tables && !copies.has_table(table, moved, originals) {
+                return wrong("a jump table leads elsewhere");
             }
         } else if !same_instruction(copies, bytes, block.original.0, &o, &c) {
             return wrong("an instruction differs");

@@ -2,6 +2,7 @@
 
 use crate::error::ApplyError;
 use crate::ledger::{self, Entry};
+use crate::lower::COUNTER;
 use crate::remote::Memory;
 use dyni_collector::maps::{self, FileId, Mapping};
 use dyni_schema::{BuildId, LinkAddr, RunAddr};
@@ -30,8 +31,19 @@ pub fn counters(pid: i32) -> Result<Vec<Counters>, ApplyError> {
 #[derive(Debug)]
 pub struct CounterReader {
     memory: Memory,
-    /// Each mapping of counters: where it is, and what it says but for the counts.
-    mapped: Vec<(RunAddr, Counters)>,
+    mapped: Vec<Mapped>,
+}
+
+/// A mapping of counters.
+#[derive(Debug)]
+struct Mapped {
+    at: RunAddr,
+    /// The load bias of the module.
+    bias: u64,
+    /// What they say but for the counts.
+    counters: Counters,
+    /// The calls through pointers whose last callees lie behind the counters.
+    sites: Vec<LinkAddr>,
 }
 
 impl CounterReader {
@@ -50,26 +62,48 @@ impl CounterReader {
     /// Reads them; none of a process that has ended.
     #[must_use]
     pub fn read(&self) -> Vec<Counters> {
-        let counted = |(at, counters): &(RunAddr, Counters)| {
-            let bytes = self.memory.read_vec(*at, counters.blocks.len() * 8).ok()?;
-            let mut counters = counters.clone();
-            for (block, count) in counters.blocks.iter_mut().zip(bytes.chunks_exact(8)) {
-                block.2 = u64::from_le_bytes(count.try_into().expect("eight bytes"));
-            }
+        let counted = |m: &Mapped| {
+            let counts = self.numbers(m.at, m.counters.blocks.len())?;
+            let mut counters = m.counters.clone();
+            counters.blocks.iter_mut().zip(counts).for_each(|(block, count)| block.2 = count);
             Some(counters)
         };
         self.mapped.iter().filter_map(counted).collect()
     }
+
+    /// What the recorded calls called last: the site, and the callee if it may be in the same module. Those that were not
+    /// made yet are not there.
+    #[must_use]
+    pub fn last_calls(&self) -> Vec<(BuildId, LinkAddr, Option<LinkAddr>)> {
+        let of = |m: &Mapped| {
+            let called = self.numbers(m.at.plus(m.counters.blocks.len() as u64 * COUNTER), m.sites.len());
+            let made = m.sites.iter().copied().zip(called.unwrap_or_default()).filter(|(_, to)| *to != 0);
+            made.map(|(site, to)| (m.counters.build_id.clone(), site, callee(to, m.bias))).collect::<Vec<_>>()
+        };
+        self.mapped.iter().flat_map(of).collect()
+    }
+
+    fn numbers(&self, at: RunAddr, count: usize) -> Option<Vec<u64>> {
+        let bytes = self.memory.read_vec(at, count * COUNTER as usize).ok()?;
+        Some(bytes.chunks_exact(8).map(|n| u64::from_le_bytes(n.try_into().expect("eight bytes"))).collect())
+    }
 }
 
-fn find(entry: &Entry, maps: &[Mapping]) -> Option<(RunAddr, Counters)> {
+/// A run address of a callee as a link address of the module, if it lies in reach of it.
+fn callee(to: u64, bias: u64) -> Option<LinkAddr> {
+    let at = RunAddr(to).link(bias);
+    (to != 0 && to >= bias && at.0 <= i32::MAX as u64).then_some(at)
+}
+
+fn find(entry: &Entry, maps: &[Mapping]) -> Option<Mapped> {
     let ledger = &entry.ledger;
     let range = ledger.counters..ledger.counters + ledger.counters_size();
     let map = maps.iter().find(|m| ledger.counters != 0 && m.range == range && m.shared)?;
     let size = |at| ledger.block_original.binary_search(at).map_or(0, |block| ledger.block_size[block]);
     let blocks = ledger.counted.iter().map(|at| (LinkAddr(*at), size(at), 0)).collect();
     let counters = Counters { mapping: map.file, build_id: ledger.build_id.clone(), blocks };
-    Some((RunAddr(ledger.counters), counters))
+    let sites = ledger.recorded.iter().map(|at| LinkAddr(*at)).collect();
+    Some(Mapped { at: RunAddr(ledger.counters), bias: ledger.bias, counters, sites })
 }
 
 /// What was counted between two looks at the counters of some processes.

@@ -154,8 +154,8 @@ impl Site<'_> {
         }
         let cache = self.generation.cache;
         let emission = &self.generation.emission;
-        let (code, counters) = (&emission.code, &emission.counters);
-        let pairs = pairs(code, cache, blocks, block, counters, &self.generation.originals).ok()?;
+        let originals = &self.generation.originals;
+        let pairs = pairs(&emission.code, cache, blocks, block, emission.into(), originals).ok()?;
         let pair = pairs.iter().find(|p| p.original == at)?;
         Some(cache.plus(pair.copy.0).run(self.bias))
     }

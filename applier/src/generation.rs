@@ -6,18 +6,22 @@
 use crate::apply::Prepared;
 use crate::check::check;
 use crate::error::ApplyError;
-use crate::install::FunctionBytes;
 use crate::ledger::{self, Ledger, PATCH};
 use crate::lower::{COUNTER, Emission, Source, Unlowered, lower};
+use crate::originals::FunctionBytes;
 use crate::place::{AddressSpace, HUGE};
 use crate::remote::{Memory, function};
+use crate::shortcuts::Stub;
 use crate::unwind::unwinder::{NoUnwinder, Unwinders};
 use crate::unwind::{self, UnwindRefusal};
 use crate::written;
+use dyni_analyzer::calls;
 use dyni_analyzer::cfg::{self, Block, Cfg, GiveUp, Terminator};
 use dyni_analyzer::functions::{Functions, function_hash};
 use dyni_analyzer::image::Image;
+use dyni_analyzer::passes::Pass;
 use dyni_analyzer::refuse::{self, FunctionSet};
+use dyni_analyzer::table_loads;
 use dyni_analyzer::targets::TargetIndex;
 use dyni_collector::maps::{self, MappedModule};
 use dyni_schema::{BuildId, CacheAddr, FunctionPlan, LinkAddr, ModulePlan, Plan, PlanKind, RunAddr};
@@ -136,6 +140,7 @@ pub(crate) fn prepare(
         Err(NoUnwinder::NotThere) => Unwinding::NotTold { others_throw: false },
         _ => Unwinding::NotTold { others_throw: true },
     };
+    let passes = Shortened::of(plan);
     for part in &plan.modules {
         let Some(module) = modules.iter().find(|m| m.build_id == part.build_id) else { continue };
         met = true;
@@ -149,7 +154,8 @@ pub(crate) fn prepare(
         let count = part.functions.len().min(fuel);
         fuel -= count;
         let hot = part.functions[..count].par_iter();
-        let read: Vec<_> = hot.map(|f| read_function(f, recovered, module, &memory, &written, unwinding)).collect();
+        let read: Vec<_> =
+            hot.map(|f| read_function(f, recovered, module, &memory, &written, unwinding, passes)).collect();
         let sources: Vec<Source<'_>> =
             read.into_iter().filter_map(|r| r.map_err(|reason| refused.add(reason)).ok()).collect();
         if sources.is_empty() {
@@ -159,8 +165,9 @@ pub(crate) fn prepare(
         // An earlier generation of the same code is found again at its own place, so that it can be used again.
         let known = entries.iter().filter(|e| e.ledger.plan == plan_id && e.ledger.build_id == part.build_id);
         let known: Vec<_> = known.map(|e| (RunAddr(e.ledger.cache), e.ledger.cache_size, e.ledger.code_hash)).collect();
-        let generation = place(plan, plan_id, part, module, recovered, sources, refused, &known, &space, unwinding)?
-            .ok_or_else(|| ApplyError::NoRoom { pid, module: module.name.clone() })?;
+        let generation =
+            place(plan, plan_id, part, module, recovered, sources, refused, &known, &space, unwinding, passes)?
+                .ok_or_else(|| ApplyError::NoRoom { pid, module: module.name.clone() })?;
         let start = generation.cache.run(module.bias).0;
         space.take(start..start + generation.span());
         generations.push(generation);
@@ -184,6 +191,7 @@ fn read_function<'p>(
     memory: &Memory,
     written: &written::Written,
     unwinding: Unwinding,
+    passes: Shortened,
 ) -> Result<Source<'p>, &'static str> {
     let Recovered { image, functions, targets, may_unwind } = recovered;
     let start = plan.start();
@@ -212,8 +220,28 @@ fn read_function<'p>(
             }
         }
     }
-    let cfg = cfg::build(image, functions, targets, function).map_err(GiveUp::text)?;
-    Ok(Source { cfg, plan, code })
+    let mut cfg = cfg::build(image, functions, targets, function).map_err(GiveUp::text)?;
+    let sites = if plan.calls.is_empty() { Vec::new() } else { calls::sites(&cfg, &code) };
+    for site in sites.iter().filter(|s| !s.is_jump && plan.promotes(s.at)) {
+        cfg.part(site.at.plus(u64::from(site.len)), site.at);
+    }
+    let stubs = if passes.stubs { Stub::all(image, &cfg, &code) } else { Vec::new() };
+    let table_loads = if passes.tables { table_loads::all(image, &cfg) } else { Vec::new() };
+    Ok(Source { cfg, plan, code, stubs, table_loads })
+}
+
+/// What a plan says is to be gone past.
+#[derive(Debug, Clone, Copy)]
+struct Shortened {
+    stubs: bool,
+    tables: bool,
+}
+
+impl Shortened {
+    fn of(plan: &Plan) -> Self {
+        let has = |pass: Pass| plan.passes.iter().any(|p| p == pass.name());
+        Self { stubs: has(Pass::Plt), tables: has(Pass::Tables) }
+    }
 }
 
 /// Lowers and checks at the first hole that serves.
@@ -229,14 +257,19 @@ fn place(
     known: &[(RunAddr, u64, [u8; 32])],
     space: &AddressSpace,
     unwinding: Unwinding,
+    passes: Shortened,
 ) -> Result<Option<Generation>, ApplyError> {
     let span = module.span.start.0..module.span.end.0;
     // Branches grow in a copy and parts are aligned: a quarter and some more than the original is always enough. So is
     // as much again for unwind data.
     // A probe takes at most 18 bytes.
     let probes: u64 = sources.iter().map(|s| s.plan.probes.len() as u64).sum();
-    let bytes: u64 = sources.iter().map(|s| s.code.len() as u64 * 5 / 4 + 64).sum::<u64>() + probes * 18;
-    let counters = (probes * COUNTER).next_multiple_of(4096);
+    // A call through a pointer takes at most 48 more, and an entry of a table 8.
+    let calls: u64 = sources.iter().map(|s| s.plan.calls.len() as u64).sum();
+    let entries: u64 = sources.iter().flat_map(|s| &s.cfg.jump_tables).map(|t| t.targets.len() as u64).sum();
+    let code: u64 = sources.iter().map(|s| s.code.len() as u64 * 5 / 4 + 64).sum();
+    let bytes = code + probes * 18 + calls * 48 + if passes.tables { entries * 8 } else { 0 };
+    let counters = ((probes + calls) * COUNTER).next_multiple_of(4096);
     let tables = if unwinding == Unwinding::Told { bytes } else { 0 };
     let size = (bytes + tables + function::CODE_LEN).next_multiple_of(HUGE).min(MAX_CACHE);
     let again = known.iter().map(|&(at, size, _)| (at, size));
@@ -260,7 +293,7 @@ fn place(
     let left_out: Vec<usize> = unlowered.iter().map(|&(i, _)| i).collect();
     let kept: Vec<_> = (0..sources.len()).filter(|i| !left_out.contains(i)).map(|i| &sources[i]).collect();
     let patches = patches(&kept, recovered, &emission, cache, &mut refused);
-    let originals = FunctionBytes::new(kept.iter().map(|s| (s.cfg.start, s.code.clone())).collect());
+    let originals = FunctionBytes::of(kept.iter().copied(), &recovered.image);
     Ok(Some(Generation {
         plan: plan_id,
         program: plan.program.clone(),
@@ -294,7 +327,7 @@ fn emit(
     let mut room = size - function::CODE_LEN;
     loop {
         let (mut emission, unlowered) = lower(sources, cache, room, cache.plus(size));
-        let originals = FunctionBytes::new(sources.iter().map(|s| (s.cfg.start, s.code.clone())).collect());
+        let originals = FunctionBytes::of(sources.iter(), image);
         check(&emission, cache, &originals)?;
         if unwinding != Unwinding::Told {
             return Ok((emission, unlowered, None));
@@ -406,12 +439,13 @@ fn jump(at: LinkAddr, to: LinkAddr) -> [u8; PATCH] {
 impl Generation {
     /// How many bytes of the address space it takes, counters included.
     fn span(&self) -> u64 {
-        self.cache_size + (self.emission.counters.blocks.len() as u64 * COUNTER).next_multiple_of(4096)
+        self.cache_size + self.emission.counters.len().next_multiple_of(4096)
     }
 
     /// The ledger of this generation for a process that has the module mapped as `module` says.
     pub fn ledger(&self, module: &MappedModule, borrowed_page: RunAddr) -> Ledger {
-        let counted: Vec<u64> = self.emission.counters.blocks.iter().map(|b| b.0).collect();
+        let links = |list: &[LinkAddr]| list.iter().map(|at| at.0).collect();
+        let counters = &self.emission.counters;
         let mut ledger = Ledger {
             plan: self.plan,
             program: self.program.clone(),
@@ -431,8 +465,10 @@ impl Generation {
             escapes: self.emission.escapes.iter().map(|e| e.0).collect(),
             borrowed_pages: vec![borrowed_page.0],
             counting: self.counting,
-            counters: if counted.is_empty() { 0 } else { self.emission.counters.at.run(module.bias).0 },
-            counted,
+            counters: if counters.is_empty() { 0 } else { counters.at.run(module.bias).0 },
+            counted: links(&counters.blocks),
+            recorded: links(&counters.sites),
+            shortcuts: self.emission.shortcuts.clone(),
             unwind: self.unwind.map_or(0, |at| self.cache.plus(at.0).run(module.bias).0),
             refused: self.refused.clone(),
             ..Ledger::default()

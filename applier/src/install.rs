@@ -9,7 +9,6 @@
 //!
 //! Everything slow is in 1 and 2. In the stop there is no mapping, no allocation in the target and no system call of it.
 
-use crate::check::Originals;
 use crate::enter::{Choice, Edits, Site, escapes};
 use crate::error::ApplyError;
 use crate::generation::Generation;
@@ -183,7 +182,7 @@ pub(crate) fn text_is_original(
         patched.iter().for_each(|entry| entry.without_patches(start, &mut live));
         n == bytes.len() && live == bytes && !written.touches(at, bytes.len() as u64)
     };
-    generation.originals.iter().all(same)
+    generation.originals.iter().all(same) && generation.originals.what_leads_on_is_in(memory, module.bias)
 }
 
 /// Whether this generation of the process is the one wanted, whole, so that only its patches have to be written again.
@@ -192,7 +191,10 @@ pub(crate) fn is_same(entry: &Entry, wanted: &Ledger, memory: &Memory) -> bool {
     let same = (has.plan, &has.build_id, has.bias, has.code_hash, has.code_size, &has.patches)
         == (wanted.plan, &wanted.build_id, wanted.bias, wanted.code_hash, wanted.code_size, &wanted.patches);
     let code = || memory.read_vec(RunAddr(has.cache), has.code_size as usize).ok();
-    same && code().is_some_and(|code| *blake3::hash(&code).as_bytes() == wanted.code_hash)
+    same && code().is_some_and(|mut code| {
+        wanted.shortcuts.relocate(&mut code, has.bias.wrapping_neg());
+        *blake3::hash(&code).as_bytes() == wanted.code_hash
+    })
 }
 
 /// Tells the process's unwinder of the copies of a generation that has unwind data.
@@ -282,10 +284,11 @@ fn map_in(
         let (at, size) = (entry.ledger.counters, entry.ledger.counters_size());
         caller.call("mmap", libc::SYS_mmap, [at, size, writable, shared, no_file, 0])?;
     }
-    let code = &generation.emission.code;
+    let mut code = generation.emission.code.clone();
+    generation.emission.shortcuts.relocate(&mut code, entry.ledger.bias);
     memory.write(cache, &code[..code.len() / 2])?;
     failpoint::pass("apply:code-half-written", pid);
-    memory.write(cache, code)?;
+    memory.write(cache, &code)?;
     failpoint::pass("apply:code-written", pid);
     name(entry.name_of_cache(), cache, cache_size);
     let huge_bytes = huge::collapse(pid, caller, cache, cache_size)?;
@@ -301,31 +304,5 @@ pub(crate) fn unmap_ledger(memory: &Memory, caller: &Caller<'_>, entry: &Entry) 
     if entry.ledger.unwind_data != 0 {
         let data = [entry.ledger.unwind_data, register::data_len(), 0, 0, 0, 0];
         let _ = caller.call("munmap", libc::SYS_munmap, data);
-    }
-}
-
-/// The bytes of the functions that were copied, by start.
-#[derive(Debug, Default)]
-pub(crate) struct FunctionBytes(Vec<(LinkAddr, Vec<u8>)>);
-
-impl FunctionBytes {
-    /// Takes them in any order.
-    pub fn new(mut functions: Vec<(LinkAddr, Vec<u8>)>) -> Self {
-        functions.sort_unstable_by_key(|(start, _)| *start);
-        Self(functions)
-    }
-
-    /// Each function's start and bytes, rising.
-    pub fn iter(&self) -> impl Iterator<Item = (LinkAddr, &[u8])> {
-        self.0.iter().map(|(start, bytes)| (*start, bytes.as_slice()))
-    }
-}
-
-impl Originals for FunctionBytes {
-    fn bytes(&self, at: LinkAddr, len: usize) -> Option<&[u8]> {
-        let i = self.0.partition_point(|(start, _)| *start <= at).checked_sub(1)?;
-        let (start, bytes) = &self.0[i];
-        let from = at.distance(*start) as usize;
-        bytes.get(from..from.checked_add(len)?)
     }
 }

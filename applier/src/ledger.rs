@@ -10,6 +10,7 @@
 
 use crate::lower::{COUNTER, CopiedBlock, CounterMap};
 use crate::remote::{Memory, RemoteError};
+use crate::shortcuts::Shortcuts;
 use crate::unwind::register::{self, Place};
 use dyni_collector::maps::Mapping;
 use dyni_schema::envelope::{self, Kind, OpenError, Record, SealError, decode, encode};
@@ -29,7 +30,7 @@ const NAMES_AT: u64 = 96;
 const NAMES: [&[u8]; 2] = [b"dyni ledger\0", b"dyni cache\0"];
 const PAGE: u64 = 4096;
 /// The most counters of a generation.
-const MAX_COUNTERS: usize = 1 << 22;
+const MAX_COUNTERS: u64 = 1 << 22;
 
 /// What was done to one module in one process. Addresses are link addresses unless they say otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Archive, Serialize, Deserialize)]
@@ -78,6 +79,10 @@ pub struct Ledger {
     pub counters: u64,
     /// The blocks that are counted, one for each counter, rising.
     pub counted: Vec<u64>,
+    /// The calls through pointers whose targets are recorded behind the counters, rising.
+    pub recorded: Vec<u64>,
+    /// Where copies go past what only leads on.
+    pub shortcuts: Shortcuts,
     /// Where copies may jump to in the original, rising.
     pub escapes: Vec<u64>,
     /// Pages of the process (run addresses) that dyni wrote to and put back: they are private since, but unchanged.
@@ -169,13 +174,15 @@ impl Record for Ledger {
         rule(self.replacements.iter().all(|r| r[0] == 0xe9), "a patch is not a jump")?;
         let n = self.block_original.len();
         let columns = [self.block_size.len(), self.block_copy.len(), self.block_copy_size.len()];
-        rule(columns == [n; 3] && rising(&self.block_original), "bad block table")?;
+        rule(columns == [n; 3] && self.block_original.is_sorted(), "bad block table")?;
         let end = |i: usize| u64::from(self.block_copy[i]) + u64::from(self.block_copy_size[i]);
         rule((0..n).all(|i| end(i) <= self.code_size), "a block lies outside the code")?;
         rule(self.hot_size <= self.code_size && self.code_size <= self.cache_size, "bad sizes")?;
         rule(self.cache_size <= 1 << 31 && self.cache.checked_add(self.cache_size).is_some(), "bad cache")?;
-        let counters_end = self.counters.checked_add(self.counted.len() as u64 * COUNTER);
-        let counted = self.counted.len() <= MAX_COUNTERS && rising(&self.counted);
+        let all = (self.counted.len() + self.recorded.len()) as u64;
+        let counters_end = self.counters.checked_add(all * COUNTER);
+        let counted = all <= MAX_COUNTERS && rising(&self.counted) && rising(&self.recorded);
+        rule(self.shortcuts.is_sound(self.code_size), "bad shortcuts")?;
         rule(counters_end.is_some() && counted, "bad counters")?;
         rule(rising(&self.escapes), "escapes are not sorted")
     }
@@ -218,14 +225,15 @@ impl Ledger {
     /// Its counters, as link addresses.
     #[must_use]
     pub fn counter_map(&self) -> CounterMap {
-        let blocks = self.counted.iter().map(|&at| LinkAddr(at)).collect();
-        CounterMap { at: RunAddr(self.counters).link(self.bias), blocks }
+        let link = |list: &[u64]| list.iter().map(|&at| LinkAddr(at)).collect();
+        let at = RunAddr(self.counters).link(self.bias);
+        CounterMap { at, blocks: link(&self.counted), sites: link(&self.recorded) }
     }
 
     /// How many bytes are mapped for its counters.
     #[must_use]
     pub fn counters_size(&self) -> u64 {
-        (self.counted.len() as u64 * COUNTER).next_multiple_of(PAGE)
+        ((self.counted.len() + self.recorded.len()) as u64 * COUNTER).next_multiple_of(PAGE)
     }
 
     /// Whether this run address lies in its code.

@@ -11,18 +11,28 @@
 //! - the length of a branch's encoding (`loop` and `jrcxz`, which have no long form, get a jump beside them);
 //! - no-operations (`nop`), which are left out;
 //! - in a counting plan, the instructions that raise a counter, at places where what they change is dead
-//!   ([`dyni_analyzer::probes`]).
+//!   ([`dyni_analyzer::probes`]);
+//! - shortcuts past what only leads on ([`crate::shortcuts`]).
 //!
-//! Layout of the cache: the hot part of every function in the plan's order, then the cold part of every function. Hot
-//! parts begin on 16 bytes. Branches are short where they reach: starting from all short, those out of reach grow until
+//! Layout of the cache: the hot part of every function in the plan's order, then the cold part of every function, then jump
+//! tables. Hot parts begin on 16 bytes. Branches are short where they reach: starting from all short, those out of reach grow until
 //! none does (each growth is final, so this ends; see the header of Cranelift's `MachBuffer` for the alternatives).
 
-use dyni_analyzer::cfg::{Block, Cfg, Terminator};
-use dyni_analyzer::probes::{self, How, Place};
-use dyni_schema::{CacheAddr, FunctionPlan, LinkAddr};
-use iced_x86::{Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+mod operand;
+mod piece;
+mod tables;
+
+use crate::shortcuts::{Shortcuts, Stub};
+use dyni_analyzer::calls::{self, Site};
+use dyni_analyzer::cfg::{Block, Cfg};
+use dyni_analyzer::probes::{self, Place};
+use dyni_schema::{CacheAddr, CallSite, FunctionPlan, LinkAddr};
+use iced_x86::{Code, Decoder, DecoderOptions, OpKind};
+use operand::Operand;
+use piece::{Around, Fix, Piece, Target, branch_kind, piece, plain_call, settle};
 use std::collections::HashMap;
 use std::ops::Range;
+use tables::{Clone, Tables};
 
 /// Alignment in bytes of a function's hot part.
 const HOT_ALIGN: u64 = 16;
@@ -42,6 +52,10 @@ pub struct Source<'a> {
     pub plan: &'a FunctionPlan,
     /// Its bytes, from the live process.
     pub code: Vec<u8>,
+    /// The stubs that it calls or jumps to, if its copy is to go past them.
+    pub stubs: Vec<Stub>,
+    /// The instructions that read jump tables of which its copy gets others, rising, and which those are.
+    pub table_loads: Vec<(LinkAddr, u32)>,
 }
 
 /// A copied block.
@@ -71,18 +85,42 @@ pub struct Emission {
     pub escapes: Vec<LinkAddr>,
     /// What is counted, and where.
     pub counters: CounterMap,
+    /// Where copies go past what only leads on.
+    pub shortcuts: Shortcuts,
 }
 
 /// The counters of a generation: [`COUNTER`] bytes each, behind the cache, in the order of the blocks that they count.
+/// Behind them, as long each, what was called last by the sites that are recorded.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct CounterMap {
     /// Where the first one lies.
     pub at: LinkAddr,
     /// The block that each counts, rising.
     pub blocks: Vec<LinkAddr>,
+    /// The sites that are recorded, rising.
+    pub sites: Vec<LinkAddr>,
 }
 
 impl CounterMap {
+    /// Where the last callee of a site lies, if it is recorded.
+    #[must_use]
+    pub fn of_site(&self, site: LinkAddr) -> Option<LinkAddr> {
+        let before = self.blocks.len() as u64;
+        self.sites.binary_search(&site).ok().map(|i| self.at.plus((before + i as u64) * COUNTER))
+    }
+
+    /// How many bytes all of it takes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        (self.blocks.len() + self.sites.len()) as u64 * COUNTER
+    }
+
+    /// Whether nothing is counted or recorded.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Where the counter of a block lies, if it has one.
     #[must_use]
     pub fn of(&self, block: LinkAddr) -> Option<LinkAddr> {
@@ -94,7 +132,9 @@ impl Emission {
     /// The copied block that starts at this original address.
     #[must_use]
     pub fn block_at(&self, original: LinkAddr) -> Option<&CopiedBlock> {
-        self.blocks.binary_search_by_key(&original, |b| b.original).ok().map(|i| &self.blocks[i])
+        // A promoted call at a block's start has a copy of its own behind that of the block.
+        let block = self.blocks.get(self.blocks.partition_point(|b| b.original < original))?;
+        (block.original == original).then_some(block)
     }
 }
 
@@ -127,105 +167,6 @@ impl Unlowered {
     }
 }
 
-/// Where a branch goes: the start of a copied block, or original code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Target {
-    Block(u32),
-    Original(LinkAddr),
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Fix {
-    /// A 4-byte displacement at this offset of the body, counted from the end of its instruction, to an address.
-    Address { at: u32, next: u32, address: LinkAddr },
-    /// The same, to a branch target.
-    Branch { at: u32, next: u32, target: Target },
-}
-
-/// A direct branch at the end of a block.
-#[derive(Debug, Clone, Copy)]
-struct Jump {
-    kind: Kind,
-    target: Target,
-    long: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Always,
-    /// The condition as the low four bits of the opcode.
-    If(u8),
-    /// `loop`, `loope`, `loopne`, `jrcxz` (opcodes E0 to E3), `jecxz` and its like with a 67 prefix.
-    Counter {
-        opcode: u8,
-        prefix: bool,
-    },
-}
-
-impl Jump {
-    fn new(kind: Kind, target: Target) -> Self {
-        Self { kind, target, long: matches!(kind, Kind::Counter { .. }) }
-    }
-
-    fn len(self) -> u64 {
-        match (self.kind, self.long) {
-            (Kind::Always | Kind::If(_), false) => 2,
-            (Kind::Always, true) => 5,
-            (Kind::If(_), true) => 6,
-            // opcode rel8; jmp short over; jmp rel32
-            (Kind::Counter { prefix, .. }, _) => 9 + u64::from(prefix),
-        }
-    }
-
-    /// Writes it so that it ends `len` bytes further on, `distance` being counted from that end.
-    fn write(self, out: &mut Vec<u8>, distance: i64) {
-        let rel32 = |d: i64| i32::try_from(d).expect("reach was checked for the whole cache").to_le_bytes();
-        let rel8 = |d: i64| i8::try_from(d).expect("short branches were grown until they reach").to_le_bytes();
-        match (self.kind, self.long) {
-            (Kind::Always, false) => {
-                out.push(0xeb);
-                out.extend(rel8(distance));
-            }
-            (Kind::Always, true) => {
-                out.push(0xe9);
-                out.extend(rel32(distance));
-            }
-            (Kind::If(cc), false) => {
-                out.push(0x70 | cc);
-                out.extend(rel8(distance));
-            }
-            (Kind::If(cc), true) => {
-                out.extend([0x0f, 0x80 | cc]);
-                out.extend(rel32(distance));
-            }
-            (Kind::Counter { opcode, prefix }, _) => {
-                if prefix {
-                    out.push(0x67);
-                }
-                out.extend([opcode, 2, 0xeb, 5, 0xe9]);
-                out.extend(rel32(distance));
-            }
-        }
-    }
-}
-
-/// A block on its way into the cache.
-struct Piece {
-    original: LinkAddr,
-    size: u32,
-    body: Vec<u8>,
-    fixes: Vec<Fix>,
-    jumps: Vec<Jump>,
-    /// Where it comes to lie.
-    at: u64,
-}
-
-impl Piece {
-    fn len(&self) -> u64 {
-        self.body.len() as u64 + self.jumps.iter().map(|j| j.len()).sum::<u64>()
-    }
-}
-
 /// Whether every byte of a cache of `size` bytes at `cache` can reach `address` with a 32-bit displacement, with room
 /// to spare for the length of an instruction.
 fn in_reach(cache: LinkAddr, size: u64, address: LinkAddr) -> bool {
@@ -255,7 +196,7 @@ pub fn lower(
     }
     loop {
         let taken: Vec<&Source<'_>> = chosen.iter().map(|&i| &sources[i]).collect();
-        let emission = emit(&taken, cache, counters_at);
+        let emission = emit(&taken, cache, room, counters_at);
         if emission.code.len() as u64 <= room {
             refused.sort_unstable();
             return (emission, refused);
@@ -309,6 +250,21 @@ fn probe_places(source: &Source<'_>) -> Result<Vec<(usize, Place)>, Unlowered> {
     source.plan.probes.iter().map(place_of).collect::<Option<_>>().ok_or(Unlowered::PlanMismatch)
 }
 
+/// The calls of a function's plan, in its order.
+fn call_sites(source: &Source<'_>) -> Result<Vec<Site>, Unlowered> {
+    if source.plan.calls.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sites = calls::sites(&source.cfg, &source.code);
+    let site_of = |call: &CallSite| {
+        let at = source.cfg.start.plus(u64::from(call.at));
+        let site = sites[sites.binary_search_by_key(&at, |s| s.at).ok()?];
+        let from = call.at as usize;
+        Operand::of(&source.code[from..from + site.len as usize]).map(|_| site)
+    };
+    source.plan.calls.iter().map(site_of).collect::<Option<_>>().ok_or(Unlowered::PlanMismatch)
+}
+
 fn instructions<'a>(source: &'a Source<'_>, block: &Block) -> Decoder<'a> {
     let from = block.start.distance(source.cfg.start) as usize;
     let to = block.end.distance(source.cfg.start) as usize;
@@ -319,6 +275,16 @@ fn instructions<'a>(source: &'a Source<'_>, block: &Block) -> Decoder<'a> {
 fn admissible(source: &Source<'_>, cache: LinkAddr, room: u64) -> Result<(), Unlowered> {
     let (blocks, _) = order(source)?;
     probe_places(source)?;
+    let sites = call_sites(source)?;
+    let copied = |site: &Site| blocks.contains(&site.block);
+    if !sites.iter().all(copied) {
+        return Err(Unlowered::PlanMismatch);
+    }
+    let callees = source.plan.calls.iter().filter(|c| c.callee != 0).map(|c| c.callee);
+    let slots = source.stubs.iter().map(|s| s.slot.0);
+    if !callees.chain(slots).all(|address| in_reach(cache, room, LinkAddr(address))) {
+        return Err(Unlowered::OutOfReach);
+    }
     for index in blocks {
         let block = &source.cfg.blocks[index];
         let reach = |address: u64| {
@@ -351,63 +317,97 @@ fn admissible(source: &Source<'_>, cache: LinkAddr, room: u64) -> Result<(), Unl
     Ok(())
 }
 
-/// What kind of direct jump this is; `None` if it is none that ends a block.
-fn branch_kind(instruction: &Instruction) -> Option<Kind> {
-    match instruction.mnemonic() {
-        Mnemonic::Jmp => Some(Kind::Always),
-        Mnemonic::Loopne => Some(counter(instruction, 0xe0)),
-        Mnemonic::Loope => Some(counter(instruction, 0xe1)),
-        Mnemonic::Loop => Some(counter(instruction, 0xe2)),
-        Mnemonic::Jrcxz | Mnemonic::Jecxz => Some(counter(instruction, 0xe3)),
-        _ => match instruction.condition_code() {
-            ConditionCode::None => None,
-            // iced numbers conditions as the processor does, from 1.
-            condition => Some(Kind::If(condition as u8 - 1)),
-        },
-    }
+/// What a piece is made from: a block of a function, or a promoted call in it as it is.
+#[derive(Clone, Copy)]
+enum Item {
+    Block(usize, usize),
+    Plain(usize, Site),
 }
 
-fn counter(instruction: &Instruction, opcode: u8) -> Kind {
-    use Code::{Jecxz_rel8_64, Loop_rel8_64_ECX, Loope_rel8_64_ECX, Loopne_rel8_64_ECX};
-    let narrow = [Jecxz_rel8_64, Loop_rel8_64_ECX, Loope_rel8_64_ECX, Loopne_rel8_64_ECX];
-    Kind::Counter { opcode, prefix: narrow.contains(&instruction.code()) }
+/// The promoted calls of the functions, by function: those whose callee is copied too, and reads nothing that the
+/// comparison changes.
+fn promoted(sources: &[&Source<'_>]) -> Vec<Vec<(Site, LinkAddr)>> {
+    let by_start: HashMap<LinkAddr, &Source<'_>> = sources.iter().map(|s| (s.cfg.start, *s)).collect();
+    let mut takes: HashMap<LinkAddr, bool> = HashMap::new();
+    let mut takes = |callee: LinkAddr| {
+        *takes
+            .entry(callee)
+            .or_insert_with(|| by_start.get(&callee).is_some_and(|s| !calls::reads_scratch_at_entry(&s.cfg, &s.code)))
+    };
+    let mut of = |source: &Source<'_>| {
+        let sites = call_sites(source).expect("it was found admissible");
+        let promoted = sites.into_iter().zip(&source.plan.calls).map(|(site, call)| (site, LinkAddr(call.callee)));
+        promoted.filter(|(_, callee)| callee.0 != 0 && takes(*callee)).collect()
+    };
+    sources.iter().map(|s| of(s)).collect()
 }
 
-/// Emits functions that were all found admissible.
-fn emit(sources: &[&Source<'_>], cache: LinkAddr, counters_at: LinkAddr) -> Emission {
-    // Parts in layout order: hot ones, then cold ones; each a list of (function, block).
-    let orders: Vec<_> = sources.iter().map(|s| order(s).expect("it was found admissible")).collect();
-    let part = |f: usize, range: Range<usize>| orders[f].0[range].iter().map(move |&b| (f, b)).collect::<Vec<_>>();
-    let hot = (0..sources.len()).map(|f| part(f, 0..orders[f].1));
-    let cold = (0..sources.len()).map(|f| part(f, orders[f].1..orders[f].0.len()));
-    let hot_parts = sources.len();
-    let parts: Vec<_> = hot.chain(cold).collect();
+/// What the blocks of these functions are to go past.
+fn shortcuts(sources: &[&Source<'_>], promoted: &[Vec<(Site, LinkAddr)>], tables: &Tables) -> Shortcuts {
+    let mut stubs: Vec<_> = sources.iter().flat_map(|s| &s.stubs).map(|s| (s.at.0, s.slot.0)).collect();
+    stubs.sort_unstable();
+    stubs.dedup();
+    let mut calls: Vec<_> = promoted.iter().flatten().map(|(site, callee)| (site.at.0, callee.0)).collect();
+    calls.sort_unstable();
+    Shortcuts { stubs, calls, tables: tables.loads.iter().map(|l| l.0).collect(), pointers: Vec::new() }
+}
 
-    let mut ids = HashMap::new();
-    for (id, &(f, b)) in parts.iter().flatten().enumerate() {
-        ids.insert(sources[f].cfg.blocks[b].start, id as u32);
-    }
+/// The counters of these functions, and where they are raised, by block.
+fn counters(sources: &[&Source<'_>], at: LinkAddr) -> (CounterMap, HashMap<LinkAddr, Place>) {
     let places = sources.iter().flat_map(|s| {
         let places = probe_places(s).expect("it was found admissible");
         places.into_iter().map(|(block, place)| (s.cfg.blocks[block].start, place))
     });
     let places: HashMap<LinkAddr, Place> = places.collect();
-    let mut counters = CounterMap { at: counters_at, blocks: places.keys().copied().collect() };
-    counters.blocks.sort_unstable();
-    let resolve = |address: LinkAddr| match ids.get(&address) {
-        Some(&id) => Target::Block(id),
-        None => Target::Original(address),
+    let recorded = |s: &&Source<'_>| {
+        let calls = s.plan.calls.iter().filter(|c| c.callee == 0);
+        calls.map(|c| s.cfg.start.plus(u64::from(c.at))).collect::<Vec<_>>()
     };
+    let sites = sources.iter().flat_map(recorded);
+    let mut counters = CounterMap { at, blocks: places.keys().copied().collect(), sites: sites.collect() };
+    counters.blocks.sort_unstable();
+    counters.sites.sort_unstable();
+    (counters, places)
+}
+
+/// Emits functions that were all found admissible.
+fn emit(sources: &[&Source<'_>], cache: LinkAddr, room: u64, counters_at: LinkAddr) -> Emission {
+    let orders: Vec<_> = sources.iter().map(|s| order(s).expect("it was found admissible")).collect();
+    let promoted = promoted(sources);
+    // Parts in layout order: hot ones, then cold ones.
+    let part = |f: usize, range: Range<usize>| orders[f].0[range].iter().map(move |&b| Item::Block(f, b)).collect();
+    let hot = (0..sources.len()).map(|f| part(f, 0..orders[f].1));
+    let cold = (0..sources.len()).map(|f| {
+        let mut cold: Vec<Item> = part(f, orders[f].1..orders[f].0.len());
+        cold.extend(promoted[f].iter().map(|(site, _)| Item::Plain(f, *site)));
+        cold
+    });
+    let hot_parts = sources.len();
+    let parts: Vec<Vec<Item>> = hot.chain(cold).collect();
+
+    let (mut blocks, mut plain) = (HashMap::new(), HashMap::new());
+    for (id, item) in parts.iter().flatten().enumerate() {
+        match *item {
+            Item::Block(f, b) => blocks.insert(sources[f].cfg.blocks[b].start, id as u32),
+            Item::Plain(_, site) => plain.insert(site.at, id as u32),
+        };
+    }
+    let copied = (0..sources.len()).flat_map(|f| orders[f].0.iter().map(move |&b| (f, b)));
+    let tables = Tables::of(sources, copied, &(cache..cache.plus(room)));
+    let mut shortcuts = shortcuts(sources, &promoted, &tables);
+    let (counters, places) = counters(sources, counters_at);
+    let around = Around { blocks: &blocks, plain: &plain, places: &places, counters: &counters, shortcuts: &shortcuts };
     let mut escapes = Vec::new();
-    let mut pieces: Vec<Piece> = Vec::with_capacity(ids.len());
+    let mut pieces: Vec<Piece> = Vec::with_capacity(blocks.len());
     let mut part_ranges = Vec::with_capacity(parts.len());
     for part in &parts {
         let first = pieces.len();
-        for (position, &(f, b)) in part.iter().enumerate() {
+        for (position, item) in part.iter().enumerate() {
             let next = part.get(position + 1).map(|_| Target::Block((first + position + 1) as u32));
-            let block = &sources[f].cfg.blocks[b];
-            let counter = places.get(&block.start).copied().zip(counters.of(block.start));
-            pieces.push(piece(sources[f], block, next, counter, &resolve, &mut escapes));
+            pieces.push(match *item {
+                Item::Block(f, b) => piece(sources[f], &sources[f].cfg.blocks[b], next, &around, &mut escapes),
+                Item::Plain(f, site) => plain_call(sources[f], &site, &around, &mut escapes),
+            });
         }
         part_ranges.push(first..pieces.len());
         settle(&mut pieces[first..], first as u32);
@@ -429,181 +429,60 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr, counters_at: LinkAddr) -> Emis
             hot_size = at;
         }
     }
+    let tables_at = if tables.len > 0 { at.next_multiple_of(COLD_START_ALIGN) } else { at };
 
     let starts: Vec<u64> = pieces.iter().map(|p| p.at).collect();
     let address = |target: Target| match target {
         Target::Block(id) => cache.plus(starts[id as usize]),
         Target::Original(address) => address,
     };
-    let mut code = Vec::with_capacity(at as usize);
-    let mut blocks = Vec::with_capacity(pieces.len());
+    let reached = |distance: i64| i32::try_from(distance).expect("reach was checked for the whole cache").to_le_bytes();
+    let mut code = Vec::with_capacity((tables_at + tables.len) as usize);
+    let mut copied = Vec::with_capacity(pieces.len());
     for piece in &mut pieces {
         code.resize(piece.at as usize, FILL);
         for fix in &piece.fixes {
-            let (field, next, to) = match *fix {
-                Fix::Address { at, next, address } => (at, next, address),
-                Fix::Branch { at, next, target } => (at, next, address(target)),
+            let from = |next: u32| cache.plus(piece.at + u64::from(next));
+            let (field, displacement) = match *fix {
+                Fix::Address { at, next, address } => (at, address.distance(from(next))),
+                Fix::Branch { at, next, target } => (at, address(target).distance(from(next))),
+                Fix::Table { at, load, original } => {
+                    let moved = tables.moved(load, cache.plus(tables_at)).expect("it has a table");
+                    (at, i64::from(original) + moved)
+                }
             };
-            let from = cache.plus(piece.at + u64::from(next));
-            let displacement = i32::try_from(to.distance(from)).expect("reach was checked for the whole cache");
-            piece.body[field as usize..field as usize + 4].copy_from_slice(&displacement.to_le_bytes());
+            piece.body[field as usize..field as usize + 4].copy_from_slice(&reached(displacement));
         }
         code.extend_from_slice(&piece.body);
         for jump in &piece.jumps {
             let end = cache.plus(code.len() as u64 + jump.len());
             jump.write(&mut code, address(jump.target).distance(end));
         }
-        blocks.push(CopiedBlock {
+        copied.push(CopiedBlock {
             original: piece.original,
             size: piece.size,
             copy: CacheAddr(piece.at),
             copy_size: piece.len() as u32,
         });
     }
-    blocks.sort_unstable_by_key(|b| b.original);
+    for Clone { at, original, absolute, targets } in &tables.clones {
+        code.resize((tables_at + at) as usize, FILL);
+        for &target in targets {
+            let to = blocks.get(&target).map_or(target, |&id| address(Target::Block(id)));
+            if to == target {
+                escapes.push(target);
+            }
+            // A distance is added to the address of the original's table.
+            if *absolute {
+                shortcuts.pointers.push(code.len() as u32);
+                code.extend(to.0.to_le_bytes());
+            } else {
+                code.extend(reached(to.distance(*original)));
+            }
+        }
+    }
+    copied.sort_unstable_by_key(|b| (b.original, b.copy));
     escapes.sort_unstable();
     escapes.dedup();
-    Emission { code, hot_size, blocks, escapes, counters }
-}
-
-/// Raises the counter at `counter`.
-fn raise(how: How, counter: LinkAddr, body: &mut Vec<u8>, fixes: &mut Vec<Fix>) {
-    // A RIP-relative operand with its displacement at the end of the instruction.
-    let mut operand = |body: &mut Vec<u8>, opcode: [u8; 3]| {
-        body.extend(opcode);
-        body.extend([0; 4]);
-        let next = body.len() as u32;
-        fixes.push(Fix::Address { at: next - 4, next, address: counter });
-    };
-    match how {
-        How::Flags => operand(body, [0x48, 0xff, 0x05]),
-        How::Register(r) => {
-            let (high, low) = (r >> 3, r & 7);
-            operand(body, [0x48 | high << 2, 0x8b, low << 3 | 5]);
-            body.extend([0x48 | high << 2 | high, 0x8d, 0x40 | low << 3 | low, 1]);
-            operand(body, [0x48 | high << 2, 0x89, low << 3 | 5]);
-        }
-    }
-}
-
-/// One block's body and the jumps at its end, given the block that lies behind it.
-fn piece(
-    source: &Source<'_>,
-    block: &Block,
-    next: Option<Target>,
-    counter: Option<(Place, LinkAddr)>,
-    resolve: &dyn Fn(LinkAddr) -> Target,
-    escapes: &mut Vec<LinkAddr>,
-) -> Piece {
-    let mut body = Vec::with_capacity((block.end.distance(block.start) + 8) as usize);
-    let mut fixes = Vec::new();
-    let mut jumps = Vec::new();
-    let base = source.cfg.start;
-    let mut go = |kind: Kind, to: Target| {
-        if let Target::Original(address) = to {
-            escapes.push(address);
-        }
-        jumps.push(Jump::new(kind, to));
-    };
-    let mut decoder = instructions(source, block);
-    while decoder.can_decode() {
-        let instruction = decoder.decode();
-        let is_last = instruction.ip() == block.last.0;
-        if let Some((place, counter)) = counter.filter(|(place, _)| place.at.0 == instruction.ip()) {
-            raise(place.how, counter, &mut body, &mut fixes);
-        }
-        let fall = resolve(block.end);
-        match block.terminator {
-            Terminator::Jump { target } if is_last => {
-                let to = resolve(target);
-                if Some(to) != next {
-                    go(Kind::Always, to);
-                }
-                continue;
-            }
-            Terminator::Conditional { taken } if is_last => {
-                let kind = branch_kind(&instruction).expect("it was found admissible");
-                let to = resolve(taken);
-                match kind {
-                    Kind::If(cc) if Some(to) == next => go(Kind::If(cc ^ 1), fall),
-                    _ => {
-                        go(kind, to);
-                        if Some(fall) != next {
-                            go(Kind::Always, fall);
-                        }
-                    }
-                }
-                continue;
-            }
-            _ => {}
-        }
-        if instruction.mnemonic() != Mnemonic::Nop {
-            let from = (instruction.ip() - base.0) as usize;
-            let at = body.len() as u32;
-            if instruction.code() == Code::Call_rel32_64 {
-                // Whatever prefixes it had (padding for the linker) mean nothing to a call.
-                body.extend([0xe8, 0, 0, 0, 0]);
-                let target = resolve(LinkAddr(instruction.near_branch_target()));
-                fixes.push(Fix::Branch { at: at + 1, next: at + 5, target });
-            } else {
-                body.extend_from_slice(&source.code[from..from + instruction.len()]);
-                if instruction.is_ip_rel_memory_operand() {
-                    let offsets = decoder.get_constant_offsets(&instruction);
-                    fixes.push(Fix::Address {
-                        at: at + offsets.displacement_offset() as u32,
-                        next: at + instruction.len() as u32,
-                        address: LinkAddr(instruction.ip_rel_memory_address()),
-                    });
-                }
-            }
-        }
-        // A signal handler may step over an instruction that faults, `ud2` too: what follows it must be what follows it.
-        let goes_on = match block.terminator {
-            Terminator::FallThrough => true,
-            Terminator::Stop => instruction.flow_control() != FlowControl::Return,
-            _ => false,
-        };
-        if is_last && goes_on && Some(fall) != next {
-            go(Kind::Always, fall);
-        }
-    }
-    let size = block.end.distance(block.start) as u32;
-    Piece { original: block.start, size, body, fixes, jumps, at: 0 }
-}
-
-/// Grows the branches of one part that do not reach with one byte. `first` is the id of its first piece.
-fn settle(pieces: &mut [Piece], first: u32) {
-    let inside = |target: Target, count: usize| match target {
-        Target::Block(id) => (id as usize).checked_sub(first as usize).filter(|&i| i < count),
-        Target::Original(_) => None,
-    };
-    let count = pieces.len();
-    for piece in pieces.iter_mut() {
-        for jump in &mut piece.jumps {
-            jump.long |= inside(jump.target, count).is_none();
-        }
-    }
-    loop {
-        let mut starts = Vec::with_capacity(count);
-        let mut at = 0;
-        for piece in pieces.iter() {
-            starts.push(at);
-            at += piece.len();
-        }
-        let mut grew = false;
-        for (index, piece) in pieces.iter_mut().enumerate() {
-            let mut end = starts[index] + piece.body.len() as u64;
-            for jump in &mut piece.jumps {
-                end += jump.len();
-                if let (false, Some(target)) = (jump.long, inside(jump.target, count)) {
-                    let distance = starts[target] as i64 - end as i64;
-                    jump.long = i8::try_from(distance).is_err();
-                    grew |= jump.long;
-                }
-            }
-        }
-        if !grew {
-            return;
-        }
-    }
+    Emission { code, hot_size, blocks: copied, escapes, counters, shortcuts }
 }

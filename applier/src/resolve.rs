@@ -3,7 +3,7 @@
 //! For moving threads out at an undo, and for attributing samples that were taken in a cache. The pairs are not kept in
 //! the ledger: they are made again by the walk that checks a copy ([`crate::check::pairs`]).
 
-use crate::check::{Originals, pairs};
+use crate::check::{Extras, Originals, pairs};
 use crate::error::ApplyError;
 use crate::ledger::{self, Entry};
 use crate::lower::{CopiedBlock, CounterMap};
@@ -45,7 +45,8 @@ impl Cache {
         let block = self.blocks.iter().find(holds)?;
         let bytes = entry.original_bytes(memory, block.original, block.size as usize)?;
         let original = OneBlock { at: block.original, bytes };
-        let pairs = pairs(&self.code, ledger.cache_link(), &self.blocks, block, &self.counters, &original).ok()?;
+        let extras = Extras { counters: &self.counters, shortcuts: &ledger.shortcuts };
+        let pairs = pairs(&self.code, ledger.cache_link(), &self.blocks, block, extras, &original).ok()?;
         let run = |p: &crate::check::Pair| (RunAddr(ledger.cache + p.copy.0), p.original.run(ledger.bias));
         Some(pairs.iter().map(run).collect())
     }

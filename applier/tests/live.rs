@@ -89,6 +89,7 @@ fn scrambled_plan(exe: &Path) -> Plan {
             blocks: offsets,
             entries,
             probes: Vec::new(),
+            calls: Vec::new(),
             weight: 1,
         });
     }

@@ -1,21 +1,17 @@
-//! Every function of some stock binaries, lowered with its blocks in a scrambled order, passes the checker.
+//! Every function of some stock binaries, lowered with its blocks in a scrambled order and with every shortcut, passes the checker.
 
+use dyni_analyzer::calls::{self, Site};
 use dyni_analyzer::cfg;
 use dyni_analyzer::functions::Functions;
 use dyni_analyzer::image::Image;
+use dyni_analyzer::table_loads;
 use dyni_analyzer::targets::TargetIndex;
-use dyni_applier::check::{Originals, check};
+use dyni_applier::check::check;
 use dyni_applier::lower::{Source, lower};
-use dyni_schema::{FunctionHash, FunctionPlan, LinkAddr};
+use dyni_applier::originals::FunctionBytes;
+use dyni_applier::shortcuts::Stub;
+use dyni_schema::{CallSite, FunctionHash, FunctionPlan, LinkAddr};
 use rayon::prelude::*;
-
-struct File<'a>(&'a Image);
-
-impl Originals for File<'_> {
-    fn bytes(&self, at: LinkAddr, len: usize) -> Option<&[u8]> {
-        self.0.bytes(at, len)
-    }
-}
 
 fn whole(path: &str) {
     let Ok(bytes) = std::fs::read(path) else {
@@ -25,11 +21,28 @@ fn whole(path: &str) {
     let image = Image::parse(bytes, path).unwrap();
     let functions = Functions::find(&image);
     let targets = TargetIndex::build(&image, &functions);
-    let graphs: Vec<_> =
+    let mut graphs: Vec<_> =
         functions.all().par_iter().filter_map(|f| cfg::build(&image, &functions, &targets, f).ok()).collect();
+    // Every call through a pointer is promoted to some function of the same file.
+    let starts: Vec<LinkAddr> = graphs.iter().map(|cfg| cfg.start).collect();
+    let calls: Vec<Vec<CallSite>> = graphs
+        .par_iter_mut()
+        .map(|cfg| {
+            let code = image.bytes(cfg.start, cfg.end.distance(cfg.start) as usize).unwrap();
+            let sites = calls::sites(cfg, code);
+            sites.iter().filter(|s| !s.is_jump).for_each(|s| cfg.part(s.at.plus(u64::from(s.len)), s.at));
+            let offset = |s: &Site| s.at.distance(cfg.start) as u32;
+            sites
+                .iter()
+                .map(|s| (offset(s), starts[s.at.0 as usize % starts.len()].0))
+                .map(|(at, callee)| CallSite { at, callee })
+                .collect()
+        })
+        .collect();
     let plans: Vec<FunctionPlan> = graphs
         .iter()
-        .map(|cfg| {
+        .zip(&calls)
+        .map(|(cfg, calls)| {
             let mut blocks: Vec<u32> = cfg.blocks.iter().map(|b| b.start.distance(cfg.start) as u32).collect();
             blocks[1..].sort_by_key(|o| o.wrapping_mul(2_654_435_761));
             FunctionPlan {
@@ -40,6 +53,7 @@ fn whole(path: &str) {
                 blocks,
                 entries: Vec::new(),
                 probes: Vec::new(),
+                calls: calls.clone(),
                 weight: 1,
             }
         })
@@ -47,20 +61,31 @@ fn whole(path: &str) {
     let sources: Vec<Source<'_>> = graphs
         .into_iter()
         .zip(&plans)
-        .map(|(cfg, plan)| Source { code: image.bytes(cfg.start, plan.size as usize).unwrap().to_vec(), cfg, plan })
+        .map(|(cfg, plan)| {
+            let code = image.bytes(cfg.start, plan.size as usize).unwrap().to_vec();
+            let table_loads = table_loads::all(&image, &cfg);
+            Source { stubs: Stub::all(&image, &cfg, &code), code, cfg, plan, table_loads }
+        })
         .collect();
     let room = 256 << 20;
     let cache = image.base().offset(-room);
     let (emission, refused) = lower(&sources, cache, room as u64, cache.plus(room as u64));
-    check(&emission, cache, &File(&image)).unwrap();
+    check(&emission, cache, &FunctionBytes::of(sources.iter(), &image)).unwrap();
+    let shortcuts = &emission.shortcuts;
     println!(
-        "{path}: {} functions, {} copied, {} not, {} blocks, {} bytes",
+        "{path}: {} functions, {} copied, {} not, {} blocks, {} bytes, past {} stubs, {} table reads ({} addresses), {} of {} calls promoted",
         functions.len(),
         sources.len() - refused.len(),
         functions.len() - sources.len() + refused.len(),
         emission.blocks.len(),
-        emission.code.len()
+        emission.code.len(),
+        shortcuts.stubs.len(),
+        shortcuts.tables.len(),
+        shortcuts.pointers.len(),
+        shortcuts.calls.len(),
+        calls.iter().map(Vec::len).sum::<usize>(),
     );
+    assert!(!shortcuts.tables.is_empty() && !shortcuts.calls.is_empty());
     assert!(sources.len() - refused.len() > functions.len() / 2, "{refused:?}");
 }
 

@@ -28,6 +28,7 @@ mod id;
 
 pub use id::{BlobId, BlobPrefix, NotAnId};
 
+use crate::plan::v1::PlanV1;
 use crate::{Invalid, Plan, Profile};
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
@@ -283,7 +284,7 @@ impl Record for Profile {
 
 impl Record for Plan {
     const KIND: Kind = Kind::Plan;
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 
     fn to_payload(&self) -> Result<AlignedVec, SealError> {
         encode(self)
@@ -291,7 +292,8 @@ impl Record for Plan {
 
     fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
         match version {
-            1 => decode::<Self, Self>(payload),
+            1 => decode::<PlanV1, Self>(payload),
+            2 => decode::<Self, Self>(payload),
             _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
         }
     }

@@ -16,7 +16,7 @@ pub mod working_set;
 
 pub use addr::{CacheAddr, FileOffset, LinkAddr, RunAddr};
 pub use build_id::{BuildId, FunctionHash};
-pub use plan::{FunctionPlan, ModulePlan, Plan, PlanKind};
+pub use plan::{CallSite, FunctionPlan, ModulePlan, Plan, PlanKind};
 pub use profile::{Branches, FunctionIndex, Host, Method, ModuleProfile, Profile, Ranges, Samples};
 
 /// A record that breaks a rule its type states: which record, and which rule.

@@ -4,6 +4,8 @@
 //! finds the function in its own copy of the binary, checks the hash, makes its own control-flow graph and refuses what
 //! does not fit. So a wrong, stale or hostile plan can make code slow, never wrong.
 
+pub(crate) mod v1;
+
 use crate::profile::{MAX_MODULES, MAX_STRING, check};
 use crate::{BuildId, FunctionHash, Invalid, LinkAddr};
 use rkyv::{Archive, Deserialize, Serialize};
@@ -37,8 +39,22 @@ pub struct FunctionPlan {
     /// Blocks of `blocks` whose executions are counted: in a layout plan at most a few, by which it is measured whether
     /// the plan pays. Sorted offsets.
     pub probes: Vec<u32>,
+    /// Calls and jumps at the function's end through pointers. In a layout plan, what each mostly goes to: the copy compares
+    /// the pointer with that function and calls its copy. In a counting plan, sites whose targets are recorded. By rising
+    /// site.
+    pub calls: Vec<CallSite>,
     /// How hot: the execution count (or samples) of the whole function. Decides who goes first when room runs out.
     pub weight: u64,
+}
+
+/// A call, or a jump at a function's end, through a pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
+pub struct CallSite {
+    /// The instruction, as the offset in bytes from the function's first.
+    pub at: u32,
+    /// The first byte of the function that it is to be compared with, a link address of the same module; in a counting plan
+    /// 0.
+    pub callee: u64,
 }
 
 /// The decisions for one module.
@@ -79,6 +95,13 @@ impl FunctionPlan {
         LinkAddr(self.start)
     }
 
+    /// Whether the call at a link address is to be promoted.
+    #[must_use]
+    pub fn promotes(&self, at: LinkAddr) -> bool {
+        let of = |c: &CallSite| self.start.wrapping_add(u64::from(c.at));
+        self.calls.binary_search_by_key(&at.0, of).is_ok_and(|i| self.calls[i].callee != 0)
+    }
+
     fn validate(&self, n: &str) -> Result<(), Invalid> {
         check(self.blocks.first() == Some(&0), "the first block is not the entry", n)?;
         check(self.blocks.len() <= MAX_BLOCKS, "too many blocks", n)?;
@@ -91,6 +114,8 @@ impl FunctionPlan {
         check(self.entries.iter().all(|e| sorted.binary_search(e).is_ok()), "an entry is not a copied block", n)?;
         check(self.probes.windows(2).all(|w| w[0] < w[1]), "probes are not sorted", n)?;
         check(self.probes.iter().all(|p| sorted.binary_search(p).is_ok()), "a probe is not in a copied block", n)?;
+        check(self.calls.windows(2).all(|w| w[0].at < w[1].at), "call sites are not sorted", n)?;
+        check(self.calls.iter().all(|c| c.at < self.size), "a call site lies outside its function", n)?;
         check(self.start.checked_add(u64::from(self.size)).is_some(), "a function wraps around", n)
     }
 }

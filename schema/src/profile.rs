@@ -70,7 +70,8 @@ impl Samples {
 }
 
 /// Control transfers: from a branch instruction (its own address, not the one after it) to its target, link addresses
-/// of the same module; sorted by (from, to), each pair once.
+/// of the same module; sorted by (from, to), each pair once. From counters ([`Method::Count`]): calls through pointers, how
+/// often each callee was found to be the last one; callee 0 is any outside the module.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Archive, Serialize, Deserialize)]
 pub struct Branches {
     /// The address of the branch instruction.
@@ -118,7 +119,7 @@ pub struct ModuleProfile {
     pub path: String,
     /// Where the instruction pointer was.
     pub samples: Samples,
-    /// Taken branches (LBR).
+    /// Taken branches (LBR), or calls through pointers ([`Method::Count`]).
     pub branches: Branches,
     /// Straight-line stretches (LBR) or counted blocks ([`Method::Count`]).
     pub ranges: Ranges,

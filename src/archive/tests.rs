@@ -47,6 +47,7 @@ fn plan() -> Plan {
         hot: 2,
         entries: vec![0x20],
         probes: Vec::new(),
+        calls: Vec::new(),
         weight: 50,
     };
     Plan {

@@ -147,7 +147,9 @@ impl Run {
             }
             recorded.expect(codes);
             // Functions that are not worth a copy must be right as copies, too.
-            self.dyni.run(&["analyze", "--passes", "infer,split,exttsp,entries,cdsort"]).expect(codes);
+            self.dyni
+                .run(&["analyze", "--passes", "infer,split,exttsp,entries,plt,tables,promote,cdsort"])
+                .expect(codes);
             if self.dyni.run(&["apply", "-p", &pid, "--dry-run"]).code() == Some(0) {
                 break;
             }

@@ -6,7 +6,7 @@ use crate::functions::Function;
 use crate::image::Image;
 use crate::infer::{Flow, Quality};
 use crate::probes;
-use dyni_schema::LinkAddr;
+use dyni_schema::{CallSite, LinkAddr};
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 
 /// What a block holds.
@@ -60,6 +60,12 @@ pub struct FunctionLayout {
     pub entries: Vec<u32>,
     /// Blocks to be counted, ascending.
     pub probes: Vec<u32>,
+    /// Calls through pointers to be promoted, or whose targets are to be recorded, by rising site.
+    pub calls: Vec<CallSite>,
+    /// Where promoted calls part blocks: the block, and behind the call, as offsets in the function, rising.
+    pub parts: Vec<(u32, u32)>,
+    /// By block: whether it ends with a jump that goes through a table of the copies.
+    pub cloned: Vec<bool>,
 }
 
 impl FunctionLayout {
@@ -88,6 +94,9 @@ impl FunctionLayout {
             hot: 0,
             entries: Vec::new(),
             probes: Vec::new(),
+            calls: Vec::new(),
+            parts: Vec::new(),
+            cloned: vec![false; n],
             cfg,
         };
         layout.order = layout.reachable();

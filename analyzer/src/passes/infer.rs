@@ -82,10 +82,11 @@ impl<'a> Evidence<'a> {
         self.starts.get(i).is_some_and(|s| s.0 < end.0)
     }
 
-    /// Whether taken branches are there, so that counts need not be guessed from time.
+    /// Whether taken branches are there, so that counts need not be guessed from time. (Those of a counted profile are the
+    /// recorded targets of calls through pointers, and nothing else.)
     #[must_use]
     pub fn has_branches(&self) -> bool {
-        !self.profile.branches.from.is_empty()
+        self.method != Method::Count && !self.profile.branches.from.is_empty()
     }
 
     /// Samples between two addresses, the second not included.

@@ -6,6 +6,9 @@
 //! | [`split`] | one function: which blocks are hot | ours: cold only with evidence |
 //! | [`exttsp`] | one function: the order of its hot blocks | Newell and Pupyrev, see [`crate::exttsp`] |
 //! | [`entries`] | one function: which originals are patched besides the entry | ours |
+//! | [`plt`] | one function: calls past the procedure linkage table | BOLT's PLT pass |
+//! | [`tables`] | one function: which jump tables are cloned | BOLT's jump tables, in ours without moving the old |
+//! | [`promote`] | one function: which calls through pointers are compared with their usual target | BOLT's ICP |
 //! | [`dispatch`] | one function: whether it is worth a copy | ours |
 //! | [`cdsort`] | one module: the order of its functions | LLVM's CDSort, see [`crate::cdsort`] |
 //!
@@ -17,7 +20,10 @@ pub mod dispatch;
 pub mod entries;
 pub mod exttsp;
 pub mod infer;
+pub mod plt;
+pub mod promote;
 pub mod split;
+pub mod tables;
 
 pub use blocks::{BlockInfo, Edge, FunctionLayout};
 
@@ -34,6 +40,12 @@ pub enum Pass {
     ExtTsp,
     /// Choice of patched blocks.
     Entries,
+    /// Calls past the procedure linkage table.
+    Plt,
+    /// Jump tables of the copies.
+    Tables,
+    /// Promotion of calls through pointers.
+    Promote,
     /// Choice of functions.
     Dispatch,
     /// Function ordering.
@@ -42,7 +54,17 @@ pub enum Pass {
 
 impl Pass {
     /// Every pass in the order in which they run.
-    pub const ALL: [Self; 6] = [Self::Infer, Self::Split, Self::ExtTsp, Self::Entries, Self::Dispatch, Self::CdSort];
+    pub const ALL: [Self; 9] = [
+        Self::Infer,
+        Self::Split,
+        Self::ExtTsp,
+        Self::Entries,
+        Self::Plt,
+        Self::Tables,
+        Self::Promote,
+        Self::Dispatch,
+        Self::CdSort,
+    ];
 
     /// The word for it in `--passes` and in a plan.
     #[must_use]
@@ -52,6 +74,9 @@ impl Pass {
             Self::Split => "split",
             Self::ExtTsp => "exttsp",
             Self::Entries => "entries",
+            Self::Plt => "plt",
+            Self::Tables => "tables",
+            Self::Promote => "promote",
             Self::Dispatch => "dispatch",
             Self::CdSort => "cdsort",
         }
@@ -60,7 +85,7 @@ impl Pass {
 
 /// Which passes run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PassSet(u8);
+pub struct PassSet(u16);
 
 impl Default for PassSet {
     fn default() -> Self {
@@ -70,7 +95,9 @@ impl Default for PassSet {
 
 /// A word in a pass list that is no pass.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("there is no pass \"{0}\"; the passes are infer, split, exttsp, entries, dispatch and cdsort")]
+#[error(
+    "there is no pass \"{0}\"; the passes are infer, split, exttsp, entries, plt, tables, promote, dispatch and cdsort"
+)]
 pub struct UnknownPass(pub String);
 
 impl PassSet {

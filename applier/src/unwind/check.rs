@@ -257,7 +257,7 @@ fn of_block(
     let end = block.copy.0 + u64::from(block.copy_size);
     let after = block.original.plus(u64::from(block.size));
     let fault = |original, copy, what| UnwindMismatch { original, copy: CacheAddr(copy), what };
-    let pairs = pairs(&emission.code, cache, &emission.blocks, block, &emission.counters, originals)
+    let pairs = pairs(&emission.code, cache, &emission.blocks, block, emission.into(), originals)
         .map_err(|e| UnwindMismatch { original: e.original, copy: e.copy, what: e.what })?;
     let code = emission.code.get(block.copy.0 as usize..end as usize);
     let code = code.ok_or_else(|| fault(block.original, block.copy.0, "the copy is cut off"))?;

@@ -30,7 +30,7 @@ pub(super) fn of(
     function: &Function,
     out: &mut Vec<Origin>,
 ) -> Option<()> {
-    let pairs = pairs(&emission.code, cache, &emission.blocks, block, &emission.counters, originals).ok()?;
+    let pairs = pairs(&emission.code, cache, &emission.blocks, block, emission.into(), originals).ok()?;
     let last = *pairs.last()?;
     let first = out.len();
     let after = block.original.plus(u64::from(block.size));

@@ -66,6 +66,7 @@ impl Module {
                     blocks,
                     entries: Vec::new(),
                     probes: Vec::new(),
+                    calls: Vec::new(),
                     weight: 1,
                 }
             })
@@ -73,7 +74,13 @@ impl Module {
         let sources: Vec<Source<'_>> = graphs
             .into_iter()
             .zip(&plans)
-            .map(|(cfg, plan)| Source { code: image.bytes(cfg.start, plan.size as usize).unwrap().to_vec(), cfg, plan })
+            .map(|(cfg, plan)| Source {
+                code: image.bytes(cfg.start, plan.size as usize).unwrap().to_vec(),
+                cfg,
+                plan,
+                stubs: Vec::new(),
+                table_loads: Vec::new(),
+            })
             .collect();
         let (emission, unlowered) = lower(&sources, cache, room, cache.plus(room));
         check(&emission, cache, &File(image)).unwrap();

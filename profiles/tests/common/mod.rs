@@ -61,6 +61,7 @@ pub fn plan(program: &str, weight: u64) -> Plan {
         hot: 2,
         entries: vec![0x20],
         probes: Vec::new(),
+        calls: Vec::new(),
         weight,
     };
     let module = |id: u8, name: &str| ModulePlan {

@@ -4,8 +4,8 @@
 
 use dyni_schema::envelope::{HEADER_LEN, Kind, MAGIC};
 use dyni_schema::{
-    Branches, BuildId, FunctionHash, FunctionIndex, FunctionPlan, Host, Method, ModulePlan, ModuleProfile, Plan,
-    PlanKind, Profile, Ranges, Samples,
+    Branches, BuildId, CallSite, FunctionHash, FunctionIndex, FunctionPlan, Host, Method, ModulePlan, ModuleProfile,
+    Plan, PlanKind, Profile, Ranges, Samples,
 };
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
@@ -116,6 +116,12 @@ fn function_plan() -> impl Strategy<Value = FunctionPlan> {
                 blocks,
                 entries,
                 probes: Vec::new(),
+                calls: chosen
+                    .iter()
+                    .enumerate()
+                    .filter(|c| *c.1)
+                    .map(|(at, _)| CallSite { at: at as u32, callee: weight })
+                    .collect(),
                 weight,
             }
         },
@@ -213,6 +219,7 @@ pub fn golden_plan() -> Plan {
         hot: 3,
         entries: vec![0x11, 0x40],
         probes: Vec::new(),
+        calls: vec![CallSite { at: 0x12, callee: 0x10_0000 }, CallSite { at: 0x44, callee: 0x10_1000 }],
         weight,
     };
     Plan {

@@ -143,13 +143,23 @@ fn copy_all(pid: i32, exe: &Path, memory: &Memory) -> Copied {
                 blocks,
                 entries: Vec::new(),
                 probes: Vec::new(),
+                calls: Vec::new(),
                 weight: 1,
             }
         })
         .collect();
     let bytes = |p: &FunctionPlan| image.bytes(p.start(), p.size as usize).unwrap().to_vec();
-    let sources: Vec<Source<'_>> =
-        graphs.iter().zip(&plans).map(|(cfg, plan)| Source { code: bytes(plan), cfg: cfg.clone(), plan }).collect();
+    let sources: Vec<Source<'_>> = graphs
+        .iter()
+        .zip(&plans)
+        .map(|(cfg, plan)| Source {
+            code: bytes(plan),
+            cfg: cfg.clone(),
+            plan,
+            stubs: Vec::new(),
+            table_loads: Vec::new(),
+        })
+        .collect();
 
     let mapped = maps::mappings(pid).unwrap();
     let modules = maps::modules(pid).unwrap();
