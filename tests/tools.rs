@@ -3,20 +3,21 @@
 mod common;
 
 use std::fs::{self, File};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use common::build::{self, variant};
 use common::dyni::{Dyni, run};
 use common::memory::maps;
-use common::process::{Victim, verify};
+use common::process::{PATIENCE, Victim, descendants, verify};
 use common::tools::{Gdb, Perf, assert_named, caches, in_caches, in_copies, is_whole};
 use common::{find_program, is_root};
 use nix::sys::signal::Signal;
 use procfs::process::MMapPath;
+use serde_json::Value;
 
 /// How often a program is looked at, until enough of its frames were in copies.
 const LOOKS: usize = 40;
@@ -221,22 +222,38 @@ fn perf_names_copies_in_children() {
     assert_unharmed(victim);
 }
 
-/// A child that was there before perf came has copies by inheritance, and names by `dyni symbols`.
+/// A child that was forked after the apply and before perf came has copies by inheritance, and names by `dyni symbols`.
 #[test]
-fn symbols_are_written_for_every_process_that_holds_copies() {
-    let (victim, d) = match dynimized("recursion") {
+fn symbols_are_for_children_that_were_forked_since() {
+    let perf = match Perf::find() {
+        Ok(perf) => perf,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (victim, d) = match dynimized("heirs") {
         Ok(started) => started,
         Err(reason) => skip!("{reason}"),
     };
     let pid = victim.pid();
-    let map = fs::read(perf_map(pid)).expect("the apply has written it");
-    fs::remove_file(perf_map(pid)).expect("remove it");
+    victim.signal(Signal::SIGUSR1);
+    let deadline = Instant::now() + PATIENCE;
+    let child = loop {
+        if let Some(&child) = descendants(pid).first() {
+            break child;
+        }
+        assert!(Instant::now() < deadline, "no child is born");
+        thread::sleep(Duration::from_millis(5));
+    };
+    let data = d.folder().join("data");
+    let (samples, named) = in_copies(&perf.record(Some(child), 2, &data, None));
+    assert!(samples > 0 && named == 0, "{named} of {samples} samples are named without a map");
     let out = d.run(&["symbols", "-p", &pid.to_string(), "--json"]);
     out.expect_done();
     let json = out.json();
-    assert_eq!(json["processes"][0]["pid"], pid);
-    assert_eq!(json["processes"][0]["perf_map"], perf_map(pid).display().to_string());
-    assert_eq!(fs::read(perf_map(pid)).expect("it was written again"), map);
+    let of = |process: &Value| (process["pid"].clone(), process["perf_map"].clone());
+    let written: Vec<_> = json["processes"].as_array().expect("a list").iter().map(of).collect();
+    let wanted = [pid, child].map(|pid| (pid.into(), perf_map(pid).display().to_string().into()));
+    assert_eq!(written, wanted);
+    assert_named(&perf.report(&data, None), 300);
     assert_unharmed(victim);
 }
 
@@ -275,7 +292,7 @@ fn a_perf_map_of_somebody_else_is_left_alone() {
     out.expect_done();
     assert_eq!(out.json()["notes"], serde_json::json!([]));
     let facts = fs::symlink_metadata(perf_map(pid)).expect("it was written");
-    assert!(facts.is_file() && !facts.permissions().readonly());
+    assert!(facts.is_file() && facts.permissions().mode() & 0o777 == 0o644, "{facts:?}");
     // The next apply may replace it.
     let before = fs::read_to_string(perf_map(pid)).expect("readable");
     assert!(before.lines().next().is_some_and(|l| l.ends_with("[dyni code cache]")), "{before}");

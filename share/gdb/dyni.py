@@ -37,7 +37,7 @@ class Symbols:
         """Replaces what is known of an inferior; the number of names, or None after a complaint."""
         _, old = self.known.pop(inferior.num, (None, None))
         if old is not None:
-            gdb.execute(f"remove-symbol-file {old}", to_string=True)
+            gdb.execute(f'remove-symbol-file "{old}"', to_string=True)
             os.unlink(old)
         # Also if it fails now: a stop at every breakpoint is no reason to fail again.
         self.known[inferior.num] = (attachment, None)
@@ -49,7 +49,7 @@ class Symbols:
             return None
         if report["file"] is None:
             return 0
-        gdb.execute(f"add-symbol-file {path}", from_tty=False, to_string=True)
+        gdb.execute(f'add-symbol-file "{path}"', from_tty=False, to_string=True)
         self.known[inferior.num] = (attachment, path)
         return sum(process["symbols"] for process in report["processes"])
 
