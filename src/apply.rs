@@ -10,6 +10,7 @@ use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 use crate::store::{Store, StoredPlan};
+use crate::symbols::write_perf_maps;
 use crate::targets::{ROUNDS, Refused, StateWord, born, find, has_ended, root_first, state_line};
 
 /// How often a process that changes meanwhile is tried.
@@ -28,6 +29,8 @@ pub struct ApplyReport {
     pub processes: Vec<ProcessReport>,
     /// Processes of the program that were left alone, and why.
     pub left_out: Vec<LeftOut>,
+    /// What tools will miss that look at the program.
+    pub notes: Vec<String>,
     #[serde(skip)]
     name: String,
     #[serde(skip)]
@@ -157,6 +160,7 @@ pub fn apply_group_with(
     if !report.left_out.is_empty() {
         report.state = StateWord(State::PartlyDynimized);
     }
+    report.notes = write_perf_maps(&root_first(group));
     Ok(report)
 }
 
@@ -190,6 +194,7 @@ impl ApplyReport {
             dry_run: false,
             processes: Vec::new(),
             left_out: Vec::new(),
+            notes: Vec::new(),
             name: group.root.name.clone(),
             root: group.root.pid,
             verbose: false,
@@ -303,6 +308,9 @@ impl Report for ApplyReport {
         for left in &self.left_out {
             text.push_str(&format!("  {}\n", paint.warn(&format!("pid {} left alone: {}", left.pid, left.reason))));
         }
+        for note in &self.notes {
+            text.push_str(&format!("  {}\n", paint.warn(note)));
+        }
         text
     }
 }
@@ -330,6 +338,7 @@ mod tests {
             dry_run: false,
             processes: vec![process],
             left_out: Vec::new(),
+            notes: Vec::new(),
             name: "mariadbd".into(),
             root: 8375,
             verbose: false,

@@ -64,6 +64,8 @@ pub enum Command {
     Undo(UndoArgs),
     /// Show what is optimised
     Status(StatusArgs),
+    /// Write what perf and gdb have to know of the code in a running program
+    Symbols(SymbolsArgs),
     /// Show what this host, a process or a file allows, what not, and why
     Doctor(DoctorArgs),
     /// List, show and throw away the profiles and plans that are kept
@@ -178,6 +180,18 @@ pub struct StatusArgs {
     /// The process: a PID, or the name of its executable [default: every process that is optimised]
     #[arg(short, long, value_name = "PID|NAME")]
     pub pid: Option<String>,
+}
+
+/// `dyni symbols`
+#[derive(Debug, Args)]
+pub struct SymbolsArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: String,
+    /// Write the symbols and call frames of this one process into an ELF file, for gdb's `add-symbol-file` [default: write a
+    /// perf map, /tmp/perf-PID.map, for each process of the program]
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
 }
 
 /// `dyni doctor`

@@ -21,9 +21,11 @@ mod modules;
 mod optimize;
 mod output;
 mod pays;
+mod perf_map;
 mod record;
 mod status;
 mod store;
+mod symbols;
 mod targets;
 mod undo;
 
@@ -80,6 +82,7 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Optimize(args) => optimize::run(&args, &store, out),
         Command::Undo(args) => undo::run(&args, out),
         Command::Status(args) => status::run(&args, out),
+        Command::Symbols(args) => symbols::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Archive(args) => Ok(archive::run(args, &store.path()?, out.json())?),
         Command::Man(args) => manual::man(&args, Cli::command()),
@@ -96,8 +99,13 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Archive(_)
         | Command::Man(_)
         | Command::Completions(_) => true,
-        // They hold a process or children; a closed pipe must not end them half-way.
-        Command::Demo(_) | Command::Record(_) | Command::Apply(_) | Command::Optimize(_) | Command::Undo(_) => false,
+        // They hold a process or children, or write files; a closed pipe must not end them half-way.
+        Command::Demo(_)
+        | Command::Record(_)
+        | Command::Apply(_)
+        | Command::Optimize(_)
+        | Command::Undo(_)
+        | Command::Symbols(_) => false,
     }
 }
 

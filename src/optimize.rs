@@ -12,7 +12,8 @@ use crate::output::{Output, Paint, Report};
 use crate::pays::{self, Verdict};
 use crate::record::{RecordReport, keep, profile_group};
 use crate::store::Store;
-use crate::targets::{Refused, StateWord, find};
+use crate::symbols::write_perf_maps;
+use crate::targets::{Refused, StateWord, find, root_first};
 use crate::undo::undo_group;
 
 /// `dyni optimize --json`: the fields of `dyni apply --json` and these.
@@ -60,6 +61,8 @@ pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failur
         }
         Verdict::Unknown(why) => (None, Some(why)),
     };
+    // Children that were forked while it was checked.
+    applied.notes = write_perf_maps(&root_first(&group));
     out.report(&OptimizeReport { applied, record, before, after, refused, gain, not_measured });
     Ok(())
 }

@@ -259,11 +259,8 @@ fn map_in(
     failpoint::pass("apply:ledger-written", pid);
     let mut entry = Entry { at, size, ledger: wanted, journal: Journal::default() };
     let cache_size = entry.ledger.cache_size;
-    let name = |name: RunAddr, at: RunAddr, size: u64| {
-        // For people who read /proc/PID/maps; kernels without CONFIG_ANON_VMA_NAME refuse it.
-        let _ = caller.call("prctl", libc::SYS_prctl, [PR_SET_VMA, 0, at.0, size, name.0, 0]);
-    };
-    name(entry.name_of_ledger(), at, size);
+    // Kernels without CONFIG_ANON_VMA_NAME refuse it.
+    let _ = caller.call("prctl", libc::SYS_prctl, [PR_SET_VMA, 0, at.0, size, entry.name().0, 0]);
 
     let fixed = private | libc::MAP_FIXED_NOREPLACE as u64;
     let executable = read | libc::PROT_EXEC as u64;
@@ -290,7 +287,6 @@ fn map_in(
     failpoint::pass("apply:code-half-written", pid);
     memory.write(cache, &code)?;
     failpoint::pass("apply:code-written", pid);
-    name(entry.name_of_cache(), cache, cache_size);
     let huge_bytes = huge::collapse(pid, caller, cache, cache_size)?;
     failpoint::pass("apply:huge-page-made", pid);
     entry.write_journal(memory, Journal { huge_bytes, ..Journal::default() })?;

@@ -25,9 +25,10 @@ pub const PATCH: usize = 5;
 pub(crate) const MAGIC: [u8; 8] = *b"\x7fdyniLDG";
 /// Where the sealed ledger starts, in bytes from the mapping's start.
 const SEALED_AT: u64 = 128;
-/// Where in it the names of the mappings are, and the names.
-const NAMES_AT: u64 = 96;
-const NAMES: [&[u8]; 2] = [b"dyni ledger\0", b"dyni cache\0"];
+/// Where in it the name of the mapping is, for people who read `/proc/PID/maps`. The cache has none: of a named mapping
+/// perf does not know that it is anonymous, and looks for no names in it.
+const NAME_AT: u64 = 96;
+const NAME: &[u8] = b"dyni ledger\0";
 const PAGE: u64 = 4096;
 /// The most counters of a generation.
 const MAX_COUNTERS: u64 = 1 << 22;
@@ -304,14 +305,9 @@ impl Entry {
         })
     }
 
-    /// Where the name of the ledger's mapping is written, for the kernel to copy.
-    pub(crate) fn name_of_ledger(&self) -> RunAddr {
-        self.at.plus(NAMES_AT)
-    }
-
-    /// Where the name of the cache's mapping is written.
-    pub(crate) fn name_of_cache(&self) -> RunAddr {
-        self.at.plus(NAMES_AT + NAMES[0].len() as u64)
+    /// Where the name of its mapping is written, for the kernel to copy.
+    pub(crate) fn name(&self) -> RunAddr {
+        self.at.plus(NAME_AT)
     }
 
     /// Writes the numbers, the one at `entered` first.
@@ -327,8 +323,7 @@ pub(crate) fn seal(ledger: &Ledger) -> Result<Vec<u8>, SealError> {
     let mut bytes = vec![0; SEALED_AT as usize];
     bytes[8..16].copy_from_slice(&1u64.to_le_bytes());
     bytes[16..24].copy_from_slice(&(sealed.len() as u64).to_le_bytes());
-    let names = NAMES.concat();
-    bytes[NAMES_AT as usize..NAMES_AT as usize + names.len()].copy_from_slice(&names);
+    bytes[NAME_AT as usize..NAME_AT as usize + NAME.len()].copy_from_slice(NAME);
     bytes.extend(sealed);
     Ok(bytes)
 }

@@ -8,7 +8,8 @@
 //! - [`remote`]: a live process from outside: memory, threads, system calls in its name;
 //! - [`ledger`]: what was done, kept in the target;
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
-//! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls.
+//! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls;
+//! - [`symbols`]: what debuggers and profilers have to be told of the copies.
 
 mod apply;
 pub mod check;
@@ -32,6 +33,7 @@ mod room;
 pub mod shortcuts;
 mod status;
 mod swap;
+pub mod symbols;
 mod undo;
 pub mod unwind;
 mod written;

@@ -2,10 +2,14 @@
 
 mod unwinding;
 
+use dyni_applier::unwind::debugger::DebugFrame;
 use dyni_applier::unwind::{self, UnwindSection};
 use dyni_schema::LinkAddr;
 use std::collections::BTreeMap;
 use unwinding::{File, Module};
+
+/// Where the files would be loaded.
+const BIAS: u64 = 0x7f12_3456_7000;
 
 /// Every function of a file, its blocks scrambled: unwind data are made for the copies and found equal.
 fn whole(path: &str) {
@@ -28,6 +32,10 @@ fn whole(path: &str) {
         unwind::build(image, &module.functions, &lowered.emission, &File(image), cache, at).expect("it can be made");
     let built = start.elapsed();
     unwind::check(image, &module.functions, &lowered.emission, &File(image), &section, cache, at).expect("it is right");
+    let mut debugger = DebugFrame::default();
+    debugger.add(image, &module.functions, &lowered.emission, &File(image), cache, BIAS);
+    assert_eq!(debugger.left_out, 0, "a debugger needs less than an unwinder");
+    assert_same_rows(&section, at, &debugger.into_bytes());
     println!(
         "{path}: {} functions, {} with unwind data refused {reasons:?}, {} copied; {} entries, {} tables, {} bytes for \
          {} of code; made in {built:?}, checked in {:?}",
@@ -41,6 +49,52 @@ fn whole(path: &str) {
         start.elapsed() - built,
     );
     assert!(lowered.refused.len() * 100 < module.functions.len(), "hardly any function is refused");
+}
+
+/// A debugger, which reads run addresses, is told the same as the process's unwinder, of which the checker has approved.
+fn assert_same_rows(section: &UnwindSection, at: LinkAddr, debugger: &[u8]) {
+    let mut told = gimli::EhFrame::new(&section.bytes[..section.frames_size as usize], gimli::LittleEndian);
+    told.set_address_size(8);
+    let bases = gimli::BaseAddresses::default().set_eh_frame(at.0);
+    let told = entries(&told, &bases, 0);
+    assert_eq!(told.len(), section.entries);
+    let mut debugger = gimli::DebugFrame::new(debugger, gimli::LittleEndian);
+    debugger.set_address_size(8);
+    assert!(entries(&debugger, &bases, BIAS) == told, "the rows differ");
+}
+
+type Told = BTreeMap<u64, (u64, bool, Vec<String>)>;
+
+/// By link address: each entry's length, whether it is a signal's frame, and its call frame instructions.
+fn entries<'a, S>(section: &S, bases: &gimli::BaseAddresses, bias: u64) -> Told
+where
+    S: gimli::UnwindSection<gimli::EndianSlice<'a, gimli::LittleEndian>>,
+{
+    let mut found = BTreeMap::new();
+    let mut entries = section.entries(bases);
+    while let Some(entry) = entries.next().expect("the section can be read") {
+        let gimli::CieOrFde::Fde(partial) = entry else { continue };
+        let fde = partial.parse(S::cie_from_offset).expect("the entry can be read");
+        assert_eq!((fde.cie().code_alignment_factor(), fde.cie().data_alignment_factor()), (1, -8));
+        let mut list = Vec::new();
+        let mut instructions = fde.instructions(section, bases);
+        while let Some(instruction) = instructions.next().expect("the entry can be read") {
+            use gimli::CallFrameInstruction::{DefCfaExpression, Expression, Nop, ValExpression};
+            let text = match &instruction {
+                // Padding, of which there is more or less.
+                Nop => continue,
+                // They say where in the section their bytes are, which is no matter.
+                DefCfaExpression { expression: e } => format!("cfa {:?}", e.get(section)),
+                Expression { register, expression: e } => format!("{register:?} at {:?}", e.get(section)),
+                ValExpression { register, expression: e } => format!("{register:?} is {:?}", e.get(section)),
+                plain => format!("{plain:?}"),
+            };
+            list.push(text);
+        }
+        let entry = (fde.len(), fde.is_signal_trampoline(), list);
+        assert!(found.insert(fde.initial_address().wrapping_sub(bias), entry).is_none(), "an entry is there twice");
+    }
+    found
 }
 
 #[test]

@@ -12,6 +12,7 @@ pub mod dyni;
 pub mod memory;
 pub mod process;
 pub mod rng;
+pub mod tools;
 
 /// Prints why a test can't run here and leaves it. `tests/run` counts these lines.
 #[macro_export]

@@ -40,8 +40,13 @@ pub(super) struct Frame {
     pub is_signal: bool,
 }
 
-/// Reads them; `None` if the function has none.
-pub(super) fn read(image: &Image, functions: &Functions, function: &Function) -> Result<Option<Frame>, UnwindRefusal> {
+/// What it takes to find a frame's caller: the rows, and whether it is a signal's frame. `None` if the function has no
+/// unwind data.
+pub(super) fn rows(
+    image: &Image,
+    functions: &Functions,
+    function: &Function,
+) -> Result<Option<(Rows, bool)>, UnwindRefusal> {
     if function.fde.is_none() {
         return Ok(None);
     }
@@ -51,6 +56,14 @@ pub(super) fn read(image: &Image, functions: &Functions, function: &Function) ->
         return Err(UnwindRefusal::Frame);
     }
     let rows = Rows::read(&section, &bases, &fde, &mut UnwindContext::new())?;
+    Ok(Some((rows, fde.is_signal_trampoline())))
+}
+
+/// Reads them; `None` if the function has none.
+pub(super) fn read(image: &Image, functions: &Functions, function: &Function) -> Result<Option<Frame>, UnwindRefusal> {
+    let Some((rows, is_signal)) = rows(image, functions, function)? else { return Ok(None) };
+    let (_, bases) = functions.eh_frame(image).ok_or(UnwindRefusal::Frame)?;
+    let fde = functions.fde(image, function).ok_or(UnwindRefusal::Frame)?;
     let cie = fde.cie();
     // A null pointer that is counted from its own place comes as that place.
     let start = bases.eh_frame.section.ok_or(UnwindRefusal::Frame)?;
@@ -87,7 +100,7 @@ pub(super) fn read(image: &Image, functions: &Functions, function: &Function) ->
         }
         _ => None,
     };
-    Ok(Some(Frame { rows, personality, table, is_signal: fde.is_signal_trampoline() }))
+    Ok(Some(Frame { rows, personality, table, is_signal }))
 }
 
 /// Whether a pointer in this encoding is what the file says it is, without a relocation.

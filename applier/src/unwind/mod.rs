@@ -12,11 +12,13 @@
 //!   enters it there, with the state that the copy had;
 //! - [`check`]: the result, read again and compared with the original instruction by instruction, in release builds too
 //!   (invariant 6);
-//! - [`unwinder`]: which unwinder the process has; [`register`]: telling it, by a call made in the process.
+//! - [`unwinder`]: which unwinder the process has; [`register`]: telling it, by a call made in the process;
+//! - [`debugger`]: the rows alone, for a debugger, at any later time.
 //!
 //! What is not understood in full is refused by function ([`examine`]): its copy would end the program at a throw.
 
 mod check;
+pub mod debugger;
 mod frame;
 mod lsda;
 mod origin;

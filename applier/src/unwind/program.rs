@@ -132,7 +132,8 @@ pub(super) fn of(origins: &[Origin], start: u64, rows: &Rows) -> Result<Vec<u8>,
         // A place outside its function's entry: the original has no row there, nothing that runs can need one.
         let Some(row) = rows.at(origin.original) else { return Err(UnwindRefusal::Frame) };
         if row != now {
-            advance(&mut out, origin.copy - at)?;
+            // A block map that anybody may have written can lead backwards: too far for any advance.
+            advance(&mut out, origin.copy.wrapping_sub(at))?;
             change(&mut out, now, row)?;
             if out.len() > MAX_PROGRAM {
                 return Err(UnwindRefusal::Frame);
