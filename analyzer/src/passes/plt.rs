@@ -20,6 +20,6 @@ pub fn run(layout: &FunctionLayout, image: &Image) -> PassStats {
         sites += stubs;
         calls = calls.saturating_add(stubs.saturating_mul(layout.flow.nodes[b as usize]));
     }
-    let numbers = [("calls past the linkage table", sites), ("how often they are made", calls), ("", 0), ("", 0)];
+    let numbers = [("calls past the linkage table", sites), ("times made", calls), ("", 0), ("", 0)];
     PassStats { pass: Pass::Plt, numbers }
 }

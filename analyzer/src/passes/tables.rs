@@ -28,7 +28,7 @@ pub fn run(layout: &mut FunctionLayout, image: &Image) -> PassStats {
         ("jumps through tables", all),
         ("of them through tables of the copies", cloned),
         ("entries", entries),
-        ("how often they jump", jumps),
+        ("times jumped", jumps),
     ];
     PassStats { pass: Pass::Tables, numbers }
 }

@@ -207,6 +207,7 @@ impl Generation<'_> {
             blocks: ledger.blocks(),
             escapes: Vec::new(),
             counters: ledger.counter_map(),
+            shortcuts: ledger.shortcuts.clone(),
         };
         let functions = Functions::find(image);
         frames.add(image, &functions, &emission, &InFile(image), ledger.cache_link(), ledger.bias);
