@@ -218,6 +218,38 @@ fn optimize_does_it_all() {
     assert_eq!(tally, verify(&exe, tally.rounds));
 }
 
+/// The detours of the victim `usual` are seen, and its copies go past them.
+#[test]
+fn calls_through_pointers_and_tables_go_straight_to_copies() {
+    let victim = match start("usual") {
+        Ok(v) => v,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (pid, exe, d) = (victim.pid(), victim.exe.clone(), Dyni::new());
+    d.make_plan(pid, "2s");
+    let did = |function: &str, pass: &str| {
+        let out = d.run(&["analyze", "--explain", function]);
+        out.expect_done();
+        let line = out.stdout.lines().find(|l| l.trim_start().starts_with(&format!("{pass}: "))).map(str::to_owned);
+        line.unwrap_or_else(|| panic!("no pass {pass} in {}", out.stdout))
+    };
+    for function in ["by_memory", "by_register", "by_jump", "by_turns"] {
+        let line = did(function, "promote");
+        assert!(!line.contains(" 0 of them promoted"), "{function}: {line}");
+    }
+    assert!(
+        did("by_table", "tables").contains("1 of them through tables of the copies"),
+        "{}",
+        did("by_table", "tables")
+    );
+    assert!(!did("by_stub", "plt").contains(" 0 calls past"), "{}", did("by_stub", "plt"));
+    d.apply(pid).expect_done();
+    thread::sleep(Duration::from_millis(300));
+    d.undo(pid).expect_done();
+    let tally = victim.finish();
+    assert_eq!(tally, verify(&exe, tally.rounds));
+}
+
 /// Where the time goes in a program that runs in its copies, by the addresses of the file.
 #[test]
 fn a_recording_of_a_dynimized_program_names_the_originals() {

@@ -75,6 +75,7 @@ victims! {
     fpstate: Watched;
     redzone: Watched;
     indirect: Watched;
+    usual: Watched;
     cancel: Somewhere;
     timers: Served;
     jobctl: Served;
@@ -100,6 +101,7 @@ also! {
     endless_linked endless InCopy: gcc_no_pie;
     exceptions_linked exceptions Maybe: gcc_cet gcc_no_pie gcc_static gcc_static_pie;
     indirect_linked indirect Watched: gcc_cet;
+    usual_linked usual Watched: gcc_cet gcc_no_pie clang_no_pie;
     selfmod_linked selfmod Maybe: gcc_toggle gcc_no_pie;
     // A static program has the C library's cleanup tables and an unwinder of its own that can't be told of copies, so
     // functions through which a cancellation may unwind stay in the original.

@@ -36,10 +36,11 @@ pub struct Options {
     pub passes: PassSet,
     /// Functions are taken, hottest first, until they have this share of a module's samples, in parts per million.
     pub coverage_ppm: u32,
-    /// A module with less than this share of the samples is left as it is, in parts per million. Calls to a module come
-    /// by the procedure linkage table of another and so to the original's entry, where a patch costs each of them a jump:
-    /// a library that is only called now and then has less to gain from a better layout than that.
+    /// A module with less than this share of the samples is left as it is, in parts per million: what could be gained there
+    /// is not worth two megabytes.
     pub min_share_ppm: u32,
+    /// A module with less than this share is a library that is called now and then: see [`crate::passes::visits`].
+    pub major_share_ppm: u32,
     /// What goes into [`Plan::profile`].
     pub profile_hash: [u8; 32],
     /// Whether copies are registered with the unwinder. Without it functions that may be on the stack of a throw are
@@ -52,7 +53,8 @@ impl Default for Options {
         Self {
             passes: PassSet::ALL,
             coverage_ppm: 999_000,
-            min_share_ppm: 250_000,
+            min_share_ppm: 10_000,
+            major_share_ppm: 250_000,
             profile_hash: [0; 32],
             unwind_registered: true,
         }
@@ -80,6 +82,8 @@ pub enum Reason {
     /// It goes through jump tables more often than a better layout of it saves branches, and each time through the
     /// original, as tables are not cloned.
     Dispatch,
+    /// It belongs to a library, and is called from elsewhere more often than a better layout of it saves branches.
+    Visited,
     /// Its module belongs to a runtime that looks at return addresses or rewrites code.
     Module(&'static Runtime),
 }
@@ -97,6 +101,7 @@ impl Reason {
             Self::Entry(KeepOriginal::LandingPad) => "begins with an exception's landing pad",
             Self::Entry(KeepOriginal::Instruction) => "has an instruction in its first block that can't be copied",
             Self::Dispatch => "goes through jump tables more often than a better layout saves branches",
+            Self::Visited => "is called from outside its library more often than a better layout saves branches",
             Self::Module(runtime) => runtime.reason,
         }
     }
@@ -177,7 +182,9 @@ pub fn analyze(profile: &Profile, modules: &[Module<'_>], options: &Options) -> 
     (analysis.missing, analysis.minor) = (missing, minor);
     for (seen, module) in chosen {
         let evidence = Evidence::new(seen, profile.method);
-        let (functions, refused, report) = analyze_module(module, &evidence, options);
+        let share = u128::from(weight_of(seen)) * 1_000_000;
+        let is_library = share < u128::from(total_of(profile)) * u128::from(options.major_share_ppm);
+        let (functions, refused, report) = analyze_module(module, &evidence, is_library, options);
         analysis.refused.extend(refused);
         analysis.modules.push(report);
         if !functions.is_empty() {
@@ -203,7 +210,7 @@ pub(crate) fn chosen_modules<'p, 'm>(
     options: &Options,
 ) -> (Vec<Chosen<'p, 'm>>, Vec<String>, Vec<String>) {
     let (mut chosen, mut missing, mut minor) = (Vec::new(), Vec::new(), Vec::new());
-    let total: u64 = profile.modules.iter().map(weight_of).fold(0, u64::saturating_add);
+    let total = total_of(profile);
     for seen in &profile.modules {
         let share = u128::from(weight_of(seen)) * 1_000_000;
         if share < u128::from(total) * u128::from(options.min_share_ppm) {
@@ -215,6 +222,11 @@ pub(crate) fn chosen_modules<'p, 'm>(
         }
     }
     (chosen, missing, minor)
+}
+
+/// How much was seen in all modules.
+fn total_of(profile: &Profile) -> u64 {
+    profile.modules.iter().map(weight_of).fold(0, u64::saturating_add)
 }
 
 /// How much was seen in a module: samples, or branches where there are none, or counts where there are neither.
@@ -230,6 +242,7 @@ fn weight_of(module: &ModuleProfile) -> u64 {
 fn analyze_module(
     module: &Module<'_>,
     evidence: &Evidence<'_>,
+    is_library: bool,
     options: &Options,
 ) -> (Vec<FunctionPlan>, Vec<Refused>, ModuleReport) {
     let seen = Seen::of(module.functions, evidence.profile(), evidence.is_counted());
@@ -238,17 +251,14 @@ fn analyze_module(
     let unwind = refuse::Options { unwind_registered: options.unwind_registered, others_throw: false };
     let may_unwind = (runtime.is_none() && !options.unwind_registered)
         .then(|| refuse::may_unwind(module.image, module.functions, module.targets, unwind));
+    let refuse =
+        |start, reason, weight| Refused { build_id: evidence.profile().build_id.clone(), start, reason, weight };
     let mut done: Vec<Result<(FunctionLayout, Vec<PassStats>), Refused>> = hot
         .par_iter()
         .with_max_len(1)
         .map(|&(index, weight)| {
             let function = module.functions.all()[index as usize];
-            let refuse = |reason| Refused {
-                build_id: evidence.profile().build_id.clone(),
-                start: function.start,
-                reason,
-                weight,
-            };
+            let refuse = |reason| refuse(function.start, reason, weight);
             if let Some(runtime) = runtime {
                 return Err(refuse(Reason::Module(runtime)));
             }
@@ -260,7 +270,7 @@ fn analyze_module(
             Ok((layout, stats))
         })
         .collect();
-    let refused = done.iter().filter_map(|d| d.as_ref().err().cloned()).collect();
+    let mut refused: Vec<Refused> = done.iter().filter_map(|d| d.as_ref().err().cloned()).collect();
     done.sort_by_key(|d| d.as_ref().map_or(LinkAddr(0), |(l, _)| l.function.start));
     let mut passes: Vec<PassStats> = Vec::new();
     let mut layouts = Vec::with_capacity(done.len());
@@ -272,6 +282,18 @@ fn analyze_module(
             }
         }
         layouts.push(layout);
+    }
+    if is_library && options.passes.has(Pass::Visits) {
+        let (worth, stats) = passes::visits::run(&layouts);
+        passes.push(stats);
+        let mut worth = worth.into_iter();
+        layouts.retain(|l| {
+            let keeps = worth.next().unwrap_or(true);
+            if !keeps {
+                refused.push(refuse(l.function.start, Reason::Visited, l.weight));
+            }
+            keeps
+        });
     }
     yardstick::choose(module.image, &mut layouts);
     let mut order: Vec<u32> = (0..layouts.len() as u32).collect();
@@ -324,7 +346,7 @@ pub(crate) fn lay_out(
                 (true, stats) => stats,
                 (false, _) => return Err(Reason::Dispatch),
             },
-            Pass::CdSort => continue,
+            Pass::Visits | Pass::CdSort => continue,
         });
     }
     Ok((layout, stats))
