@@ -11,8 +11,6 @@ use std::fmt;
 
 /// Bytes of a page of text.
 pub const PAGE: u64 = 4096;
-/// Functions are taken to start at multiples of this in the cache.
-const ALIGN: u64 = 16;
 
 /// Numbers about where the code of some functions lies.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -70,7 +68,6 @@ impl Places {
         for part in 0..2 {
             for &f in functions {
                 let layout = &layouts[f as usize];
-                at = at.next_multiple_of(ALIGN);
                 let (hot, cold) = layout.order.split_at(layout.hot);
                 for &b in if part == 0 { hot } else { cold } {
                     places.address[f as usize].push(at);

@@ -96,7 +96,7 @@ mod tests {
                 let mut call: Vec<u8> = rex.into_iter().chain([0xff, modrm]).collect();
                 call.extend([0x8d; 5]);
                 let mut decoder = Decoder::with_ip(64, &call, 0, DecoderOptions::NONE);
-                decoder.decode();
+                let _ = decoder.decode();
                 call.truncate(decoder.position());
                 let operand = Operand::of(&call).unwrap();
                 let x = text(&call).replace("call ", "").replace("qword ptr ", "");
