@@ -1,7 +1,7 @@
 //! Pass `cdsort`: the order of a module's functions; see [`crate::cdsort`].
 //!
-//! The calls are those that the profile saw (LBR, which knows indirect ones too), else the direct calls and tail jumps in
-//! blocks with a count. Calls through the PLT go to other modules or hide their target, and are not followed.
+//! The calls are those that the profile saw (LBR, which knows indirect ones too), else the direct calls, the promoted ones and
+//! tail jumps in blocks with a count. Calls through the PLT go to other modules or hide their target, and are not followed.
 
 use super::infer::Evidence;
 use super::{FunctionLayout, Pass, PassStats};
@@ -37,7 +37,11 @@ pub fn run(layouts: &[FunctionLayout], evidence: &Evidence<'_>) -> (Vec<u32>, Pa
                     add(at + (branch.0 - block.start.0) as u32, to, count);
                 }
             } else {
-                for &(offset, to) in &info.calls {
+                let promoted = layout.calls.iter().filter_map(|c| {
+                    let offset = c.at.checked_sub(layout.offset(b)).filter(|&o| o < layout.size(b))?;
+                    Some((offset, LinkAddr(c.callee)))
+                });
+                for (offset, to) in info.calls.iter().copied().chain(promoted) {
                     add(at + offset, to, layout.flow.nodes[b as usize]);
                 }
                 if let Terminator::Jump { target } | Terminator::Conditional { taken: target } = block.terminator {
