@@ -13,6 +13,8 @@ from .errors import BenchError, tail
 
 # The scheduler's CPU clock of a whole process, as clock_getcpuclockid(3) computes it: exact, unlike the ticks in /proc.
 PROCESS_CLOCK = 2
+# What may end the benchmark from outside.
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -61,26 +63,36 @@ class Processes:
 
     def __exit__(self, *_):
         # A second Ctrl-C must not leave servers behind.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
         try:
             for process in reversed(self.running[:]):
                 self.stop(process)
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def start(self, argv, cpu=None, binary=None, output=subprocess.PIPE, **options):
         """Starts a program, on one CPU if asked; `binary` runs in its place, but under its name."""
         argv = [str(arg) for arg in argv]
-        pin = (lambda: os.sched_setaffinity(0, {cpu})) if cpu is not None else None
         options.setdefault("stderr", subprocess.STDOUT)
+        # Ctrl-C between the start and the note of it would leave a process behind.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+        def child():
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if cpu is not None:
+                os.sched_setaffinity(0, {cpu})
+
         try:
             process = subprocess.Popen(
                 argv, executable=binary, stdin=subprocess.DEVNULL, stdout=output, text=True, errors="replace",
-                start_new_session=True, preexec_fn=pin, **options)
+                start_new_session=True, preexec_fn=child, **options)
+            self.running.append(process)
+            return process
         except OSError as error:
             raise BenchError(f"{argv[0]} can't be started", str(error)) from error
-        self.running.append(process)
-        return process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def finish(self, process):
         """Waits for the end, which has to be a good one, and returns what was printed."""
@@ -101,7 +113,7 @@ class Processes:
         if process.poll() is None:
             process.send_signal(sign)
             try:
-                process.communicate(timeout=patience) if process.stdout else process.wait(patience)
+                process.wait(patience)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -21,7 +21,7 @@ def plots(results):
     if results["length"]:
         made["length.svg"] = plot(results, "length", "Gain against recording length", "recorded for", True)
     if results["method"]:
-        made["method.svg"] = plot(results, "method", "Gain by sampling method, 10 s recorded", "method", False)
+        made["method.svg"] = plot(results, "method", "Gain by sampling method", "method", False)
     return made
 
 
@@ -164,4 +164,4 @@ def plot(results, kind, title, axis, joined):
 
 def plain(text):
     """A rendered block for a terminal."""
-    return re.sub(r"\*\*|^!\[.*\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"\*\*|^!\[.*\n?", "", text, flags=re.MULTILINE).strip()

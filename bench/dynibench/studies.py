@@ -27,12 +27,12 @@ class Study:
             return self.bench.dyni.record(self.pair.b, seconds, method)
 
     def layout(self, what, profile, passes="all"):
-        """The gain of a plan from a profile, and the share of branches that it predicts to be taken."""
+        """The gain of a plan from a profile, and how many functions it has."""
         plan = self.bench.dyni.analyze(profile, passes)
         self.bench.dyni.apply(self.pair.b, plan)
         after = self.pair.measure(what)
         self.bench.dyni.undo(self.pair.b)
-        return {"gain": gain(self.stock, after), "after": after, "taken_branches": plan["after"]["taken_branches"]}
+        return {"gain": gain(self.stock, after), "after": after, "functions": plan["functions"]}
 
     def result(self, points):
         """The study as it is kept."""
