@@ -64,7 +64,8 @@ def example():
         "redis": {"dyni": {"failed": "redis B died with signal SIGSEGV\n  its log"}}}
     study = {"stock": before, "again": stats.gain(before, before)}
     made["length"] = {"postgres": {**study, "points": [{"label": "2 s", **point}, {"label": "5 s", **point}]}}
-    made["method"] = {"postgres": {**study, "points": [{"label": "count", **point}, {"label": "lbr", "skipped": "no counters"}]}}
+    made["method"] = {"postgres": {**study, "points": [{"label": "count", **point},
+                                                       {"label": "lbr", "skipped": "no counters"}]}}
     sets = studies.pass_sets(["one", "two"])
     made["passes"] = {"postgres": {**study, "points": [{"kind": how, "pass": name, **point} for how, name, _ in sets]}}
     return made
@@ -216,6 +217,12 @@ class Files(unittest.TestCase):
             self.assertIn("postgres", both["workloads"])
             later["host"]["kernel"] = "6.2"
             self.assertRaises(BenchError, results.continued, path, later)
+
+    def test_a_run_of_some_workloads_knows_what_it_lacks(self):
+        missing = cli.absent(example())
+        self.assertNotIn("postgres", missing)
+        # It was tried, and failed.
+        self.assertIn("redis", missing)
 
     def test_what_is_no_results_file_is_refused(self):
         with tempfile.TemporaryDirectory() as folder:

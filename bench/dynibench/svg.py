@@ -18,9 +18,11 @@ def plot(title, caption, axes, labels, series, joined=True):
     ticks = scale(min([1.0, *(f["low"] for f in figures)]), max([1.0, *(f["high"] for f in figures)]))
     x = lambda n, shift=0: LEFT + (WIDTH - LEFT - RIGHT) * (n + 0.5) / max(len(labels), 1) + shift
     y = lambda value: HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12" '
+    words = wrapped(caption, 112)
+    height = max(HEIGHT, HEIGHT - 28 + 14 * len(words))
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12" '
            f'role="img" aria-label={quoteattr(title)}>',
-           f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+           f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
            text(LEFT, 26, title, 'font-size="16"')]
     for tick in ticks:
         width = 1.5 if math.isclose(tick, 1) else 0.5
@@ -44,7 +46,7 @@ def plot(title, caption, axes, labels, series, joined=True):
                        f"<title>{escape(name)} {f['median']:.3f}</title></circle>")
         out.append(f'<circle cx="{WIDTH - RIGHT + 16}" cy="{TOP + 10 + 20 * k}" r="4" fill="{colour}"/>')
         out.append(text(WIDTH - RIGHT + 26, TOP + 14 + 20 * k, name))
-    for n, row in enumerate(wrapped(caption, 112)[:3]):
+    for n, row in enumerate(words):
         out.append(text(LEFT - 48, HEIGHT - 36 + 14 * n, row, 'font-size="11" fill="#444444"'))
     return "\n".join([*out, "</svg>"]) + "\n"
 
