@@ -5,7 +5,7 @@
 | `cli` | options, what is run in which order |
 | `servers`, `databases`, `pyloop` | the programs that are measured, their clients and the Python loop |
 | `pair` | two servers on one CPU, rounds, CPU time per operation |
-| `dyni`, `bolt` | what is done to B |
+| `compare`, `dyni`, `bolt` | what is done to B |
 | `studies` | sets of passes, recording lengths, sampling methods |
 | `processes` | starting, pinning and stopping, CPU time |
 | `parse`, `stats`, `host` | tool outputs, medians, what machine this is |
