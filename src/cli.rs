@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::parse;
 use crate::duration;
 
 /// Makes running programs faster without rebuilding, relinking, reconfiguring or restarting them.
@@ -45,6 +46,9 @@ pub struct Global {
     /// $XDG_DATA_HOME/dyni/archive.db]
     #[arg(long, global = true, value_name = "PATH", env = "DYNI_ARCHIVE")]
     pub archive: Option<PathBuf>,
+    /// The configuration of the daemon [default: /etc/dyni.conf]
+    #[arg(long, global = true, value_name = "FILE", env = "DYNI_CONFIG")]
+    pub config: Option<PathBuf>,
 }
 
 /// The subcommands.
@@ -68,6 +72,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List, show and throw away the profiles and plans that are kept
     Archive(crate::archive::ArchiveArgs),
+    /// Read the daemon's configuration and say what it means
+    Config(ConfigArgs),
     /// Print the man page, or write one for each subcommand
     #[command(hide = true)]
     Man(ManArgs),
@@ -190,6 +196,50 @@ pub struct DoctorArgs {
     /// A program or library that need not run
     #[arg(long, value_name = "FILE")]
     pub exe: Option<PathBuf>,
+}
+
+/// `dyni config`
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// What to do with it.
+    #[command(subcommand)]
+    pub verb: ConfigVerb,
+}
+
+/// `dyni config …`
+#[derive(Debug, Subcommand)]
+pub enum ConfigVerb {
+    /// Check the file that --config names, or /etc/dyni.conf, as the daemon would read it
+    Check,
+}
+
+/// What the daemon is to do, over what its configuration says.
+#[derive(Clone, Debug, Default, Args)]
+pub struct LimitArgs {
+    /// Only this process (may be given several times)
+    #[arg(short, long, value_name = "PID")]
+    pub pid: Vec<i32>,
+    /// Only programs of this name instead of those that are configured (may be given several times)
+    #[arg(long, value_name = "NAME", conflicts_with = "pid")]
+    pub exe: Vec<String>,
+    /// How many programs are profiled or dynimized at once [default: 1]
+    #[arg(long, value_name = "N", value_parser = parse::count)]
+    pub n_programs: Option<usize>,
+    /// How old a program has to be before it is touched [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = parse::delay)]
+    pub delay: Option<Duration>,
+    /// For how long a program is profiled [default: 90s]
+    #[arg(long, value_name = "TIME", value_parser = parse::window)]
+    pub window: Option<Duration>,
+    /// How much of one processor a program must use, percent as top counts it [default: 10]
+    #[arg(long, value_name = "PERCENT", value_parser = parse::cpu_usage)]
+    pub cpu_usage: Option<f64>,
+    /// Optimise a program anew once its work has changed
+    #[arg(long)]
+    pub reoptimize: bool,
+    /// The log file [default: /var/log/dyni.log for root, otherwise $XDG_STATE_HOME/dyni.log]
+    #[arg(long, value_name = "PATH")]
+    pub log: Option<PathBuf>,
 }
 
 /// `dyni man`

@@ -8,6 +8,7 @@ mod analyze;
 mod apply;
 mod archive;
 mod cli;
+mod config;
 mod count;
 mod demo;
 mod doctor;
@@ -82,6 +83,9 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Status(args) => status::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Archive(args) => Ok(archive::run(args, &store.path()?, out.json())?),
+        Command::Config(args) => match args.verb {
+            cli::ConfigVerb::Check => config::check::run(cli.global.config.as_deref(), out),
+        },
         Command::Man(args) => manual::man(&args, Cli::command()),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
     }
@@ -94,6 +98,7 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Status(_)
         | Command::Doctor(_)
         | Command::Archive(_)
+        | Command::Config(_)
         | Command::Man(_)
         | Command::Completions(_) => true,
         // They hold a process or children; a closed pipe must not end them half-way.
