@@ -49,6 +49,13 @@ pub struct Global {
     /// The configuration of the daemon [default: /etc/dyni.conf]
     #[arg(long, global = true, value_name = "FILE", env = "DYNI_CONFIG")]
     pub config: Option<PathBuf>,
+    /// The daemon's control socket [default: /run/dyni/control.sock for root, otherwise
+    /// $XDG_RUNTIME_DIR/dyni/control.sock]
+    #[arg(long, global = true, value_name = "PATH", env = "DYNI_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Leave a running daemon out of it
+    #[arg(long, global = true, conflicts_with = "socket")]
+    pub direct: bool,
 }
 
 /// The subcommands.
@@ -64,10 +71,20 @@ pub enum Command {
     Apply(ApplyArgs),
     /// Record, analyze and apply in one go
     Optimize(OptimizeArgs),
+    /// Run the daemon: find programs worth optimising, optimise them, follow their work
+    Daemon(DaemonArgs),
+    /// Start the daemon in the background
+    Start(DaemonArgs),
+    /// Stop the daemon; what is optimised stays so
+    Stop,
+    /// Optimise a program anew, or all that the daemon follows
+    Redo(RedoArgs),
     /// Take the code out again
     Undo(UndoArgs),
-    /// Show what is optimised
+    /// Show what is optimised, and what the daemon is about
     Status(StatusArgs),
+    /// Show how well an optimised program's code still fits its work
+    Drift(DriftArgs),
     /// Show what this host, a process or a file allows, what not, and why
     Doctor(DoctorArgs),
     /// List, show and throw away the profiles and plans that are kept
@@ -163,6 +180,54 @@ pub struct OptimizeArgs {
     pub pid: String,
     /// How long to record
     #[arg(long, default_value = "10s", value_parser = duration::parse, value_name = "TIME")]
+    pub duration: Duration,
+    /// Print a JSON document at the beginning of each step
+    #[arg(long, hide = true, requires = "json")]
+    pub phases: bool,
+}
+
+/// `dyni daemon` and `dyni start`
+#[derive(Clone, Debug, Args)]
+pub struct DaemonArgs {
+    /// What it is to do.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Serve metrics for Prometheus on a Unix socket or a loopback address: unix:PATH or 127.0.0.1:PORT
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<String>,
+    /// End when as many programs as are to be worked on at once are dynimized, or can't be
+    #[arg(long)]
+    pub once: bool,
+    /// Over which time the use of the processor is measured
+    #[arg(long, default_value = "10s", value_parser = parse::window, value_name = "TIME", hide = true)]
+    pub cpu_window: Duration,
+    /// How often the drift of a dynimized program is measured
+    #[arg(long, default_value = "5min", value_parser = parse::window, value_name = "TIME", hide = true)]
+    pub watch_every: Duration,
+    /// Detach from the terminal and log to a file
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// `dyni redo`
+#[derive(Debug, Args)]
+pub struct RedoArgs {
+    /// The program: a PID, or the name of its executable [default: every program that the daemon follows]
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: Option<String>,
+    /// Without a daemon: how long to record [default: as configured]
+    #[arg(long, value_name = "TIME", value_parser = parse::window)]
+    pub window: Option<Duration>,
+}
+
+/// `dyni drift`
+#[derive(Debug, Args)]
+pub struct DriftArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: String,
+    /// How long to look
+    #[arg(long, default_value = "5s", value_parser = duration::parse, value_name = "TIME")]
     pub duration: Duration,
 }
 

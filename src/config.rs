@@ -25,7 +25,6 @@ const MAX_FILE: u64 = 1 << 20;
 const MAX_ERRORS: usize = 16;
 
 const DELAY: Duration = Duration::from_secs(60);
-const WINDOW: Duration = Duration::from_secs(90);
 const CPU_USAGE: f64 = 10.0;
 const N_PROGRAMS: usize = 1;
 const MAX_LOG: u64 = 1 << 20;
@@ -83,6 +82,9 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// For how long a program is profiled if nothing else is said.
+    pub const DEFAULT_WINDOW: Duration = Duration::from_secs(90);
+
     /// Reads the file (the usual one if `file` is `None`; where that does not exist, what dyni is shipped with) and lays
     /// the command line over it.
     ///
@@ -144,6 +146,26 @@ impl Settings {
             notes: parsed.notes,
         })
     }
+
+    /// What holds for a process, by its PID, the path of its executable and the name it was started by; `None` if it may
+    /// not be chosen.
+    pub fn limit_of(&self, pid: i32, exe: &Path, comm: &str) -> Option<Limit> {
+        match &self.choice {
+            Choice::Pids(pids) => pids.contains(&pid).then_some(self.limit),
+            Choice::Exes(listed) => listed.iter().find(|l| l.means(exe, comm)).map(|l| l.limit),
+        }
+    }
+}
+
+impl Listed {
+    /// Whether a process is one of these. The kernel keeps 15 bytes of the name that a process was started by.
+    pub fn means(&self, exe: &Path, comm: &str) -> bool {
+        if self.name.starts_with('/') {
+            return exe == Path::new(&self.name);
+        }
+        exe.file_name().is_some_and(|n| n == self.name.as_str())
+            || self.name.as_bytes().get(..self.name.len().min(15)).is_some_and(|cut| cut == comm.as_bytes())
+    }
 }
 
 impl Limits {
@@ -158,7 +180,7 @@ impl Limits {
 
     fn or_default(self) -> Limit {
         Limit {
-            window: self.window.unwrap_or(WINDOW),
+            window: self.window.unwrap_or(Settings::DEFAULT_WINDOW),
             delay: self.delay.unwrap_or(DELAY),
             cpu_usage: self.cpu_usage.unwrap_or(CPU_USAGE),
         }
@@ -215,7 +237,7 @@ mod tests {
         assert_eq!((nginx.window.as_secs(), nginx.delay.as_secs(), nginx.cpu_usage), (20, 40, 10.0));
         assert_eq!(
             settings("", &LimitArgs::default()).limit,
-            Limit { window: WINDOW, delay: DELAY, cpu_usage: CPU_USAGE }
+            Limit { window: Settings::DEFAULT_WINDOW, delay: DELAY, cpu_usage: CPU_USAGE }
         );
     }
 
@@ -231,11 +253,23 @@ mod tests {
     }
 
     #[test]
+    fn names_paths_and_links_mean_a_program() {
+        let listed = |name: &str| Listed { name: name.into(), limit: Limits::default().or_default() };
+        let exe = Path::new("/usr/bin/redis-check-rdb");
+        assert!(listed("redis-check-rdb").means(exe, "redis-server"));
+        assert!(listed("redis-server").means(exe, "redis-server"));
+        assert!(listed("a-name-of-more-than-15-bytes").means(exe, "a-name-of-more-"));
+        assert!(listed("/usr/bin/redis-check-rdb").means(exe, ""));
+        assert!(!listed("/bin/redis-check-rdb").means(exe, "redis-server"));
+        assert!(!listed("redis").means(exe, "redis-server"));
+    }
+
+    #[test]
     fn the_shipped_file_is_right_and_lists_what_is_tested() {
         let s = settings(SHIPPED, &LimitArgs::default());
         assert!(s.notes.is_empty() && s.users.is_empty() && !s.reoptimize);
         for name in ["mariadbd", "postgres", "nginx", "redis-server"] {
-            assert_eq!(limit_of(&s, name).window, WINDOW, "{name}");
+            assert_eq!(limit_of(&s, name).window, Settings::DEFAULT_WINDOW, "{name}");
         }
     }
 

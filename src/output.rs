@@ -109,6 +109,14 @@ impl Output {
         let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     }
 
+    /// Prints what another dyni has made of a report.
+    pub fn raw(self, text: &str) {
+        if self.json || !self.quiet {
+            let mut out = io::stdout().lock();
+            let _ = out.write_all(clean(text).as_bytes()).and_then(|()| out.flush());
+        }
+    }
+
     /// One line on stderr about what is being done.
     pub fn note(self, text: &str) {
         if !self.quiet && !self.json {
