@@ -44,10 +44,12 @@ use scan::{Scanner, ledger_of};
 use server::{Incoming, Peer, Server, with_suffix};
 use worker::Worker;
 
-/// The daemon is awake at least so often, so that a watchdog that is fed then never bites.
+/// The daemon is awake at least so often.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// After so many looks at the host, ledgers are read again, in case another dyni has changed something.
 const LOOKS_PER_LEDGER: u32 = 6;
+/// How long a watch takes.
+const WATCH: Duration = Duration::from_secs(5);
 /// After an `execve` of interest, so long for others that come with it.
 const GATHER: Duration = Duration::from_millis(100);
 /// How long what was interrupted may take to be taken out at the end.
@@ -92,6 +94,14 @@ struct Daemon<'a> {
     next_look: Instant,
     looks: u32,
     signals: Signals,
+    watchdog: Option<Watchdog>,
+}
+
+/// systemd's, which ends a daemon that hangs.
+struct Watchdog {
+    /// How often it is fed: twice in its own time.
+    every: Duration,
+    fed: Option<Instant>,
 }
 
 /// Runs the daemon until it is told to end.
@@ -131,6 +141,7 @@ pub fn run(args: &DaemonArgs, file: Option<&Path>, contact: &Contact, archive: P
         next_look: Instant::now(),
         looks: 0,
         signals,
+        watchdog: sd_notify::watchdog_enabled().map(|time| Watchdog { every: time / 2, fed: None }),
     };
     daemon.begin();
     let none = HashMap::new();
@@ -239,7 +250,10 @@ impl Daemon<'_> {
         }
         self.do_what_is_due();
         self.tell();
-        let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        if let Some(dog) = self.watchdog.as_mut().filter(|d| d.fed.is_none_or(|fed| fed.elapsed() >= d.every)) {
+            dog.fed = Some(Instant::now());
+            let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        }
         self.wait();
         for incoming in self.server.turn() {
             self.hear(&incoming);
@@ -252,6 +266,9 @@ impl Daemon<'_> {
         let now = self.now();
         let until = |at: Instant| at.saturating_duration_since(Instant::now());
         let mut longest = LONGEST_WAIT.min(until(self.next_look));
+        if let Some(Watchdog { every, fed: Some(fed) }) = &self.watchdog {
+            longest = longest.min(until(*fed + *every));
+        }
         if let Some(next) = self.machine.next(now) {
             longest = longest.min(next.saturating_sub(now));
         }
@@ -334,7 +351,7 @@ impl Daemon<'_> {
         let asker = self.askers.get(&id).and_then(|a| a.first()).filter(|_| job == Job::Undo);
         let worker = match asker {
             Some(asker) => Worker::undo(Some(id.pid), asker.json, &self.archive),
-            None => Worker::job(job, id.pid, &self.archive),
+            None => Worker::job(job, id.pid, self.args.watch_every.min(WATCH), &self.archive),
         };
         match worker {
             Ok(worker) => drop(self.workers.insert(id, (job, worker))),
@@ -621,7 +638,7 @@ impl Daemon<'_> {
             }
         }
         for id in half_way {
-            if let Ok(mut undo) = Worker::job(Job::Undo, id.pid, &self.archive) {
+            if let Ok(mut undo) = Worker::undo(Some(id.pid), true, &self.archive) {
                 finish(&mut undo, deadline);
             }
         }

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -56,21 +57,21 @@ struct Pipe<R> {
 }
 
 impl Worker {
-    /// Begins a job on the program of process `pid`.
+    /// Begins a job on the program of process `pid`; a watch takes so long.
     ///
     /// # Errors
     /// The process can't be made.
-    pub fn job(job: Job, pid: i32, archive: &Path) -> io::Result<Self> {
+    pub fn job(job: Job, pid: i32, watch: Duration, archive: &Path) -> io::Result<Self> {
         let pid = pid.to_string();
         let mut command = dyni(archive);
+        let ms = |time: Duration| format!("{}ms", time.as_millis().max(1));
         match job {
             Job::Reuse => command.args(["apply", "-p", &pid, "--json"]),
             Job::Optimize { window } => {
-                let window = format!("{}ms", window.as_millis());
-                command.args(["optimize", "-p", &pid, "--duration", &window, "--phases", "--json"])
+                command.args(["optimize", "-p", &pid, "--duration", &ms(window), "--phases", "--json"])
             }
             Job::Undo => command.args(["undo", "-p", &pid, "--json"]),
-            Job::Watch => command.args(["drift", "-p", &pid, "--json"]),
+            Job::Watch => command.args(["drift", "-p", &pid, "--duration", &ms(watch), "--json"]),
         };
         Self::start(command)
     }

@@ -12,3 +12,4 @@ mod postgres;
 mod python;
 mod redis;
 mod service;
+mod stock;
