@@ -83,6 +83,8 @@ pub enum Command {
     Undo(UndoArgs),
     /// Show what is optimised, and what the daemon is about
     Status(StatusArgs),
+    /// Show the daemon's programs, live
+    Top(TopArgs),
     /// Show how well an optimised program's code still fits its work
     Drift(DriftArgs),
     /// Show what this host, a process or a file allows, what not, and why
@@ -218,6 +220,17 @@ pub struct RedoArgs {
     /// Without a daemon: how long to record [default: as configured]
     #[arg(long, value_name = "TIME", value_parser = parse::window)]
     pub window: Option<Duration>,
+}
+
+/// `dyni top`
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often it is drawn anew
+    #[arg(long, default_value = "1s", value_parser = duration::parse, value_name = "TIME")]
+    pub every: Duration,
+    /// Print it once and end
+    #[arg(long)]
+    pub once: bool,
 }
 
 /// `dyni drift`

@@ -29,6 +29,7 @@ mod record;
 mod status;
 mod store;
 mod targets;
+mod top;
 mod undo;
 
 use std::io::Write;
@@ -106,6 +107,7 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Redo(args) => control::redo(&args, config, running, &store, out),
         Command::Undo(args) => undo::run(&args, running, out),
         Command::Status(args) => status::run(&args, running, out),
+        Command::Top(args) => top::run(&args, &contact, out),
         Command::Drift(args) => drift::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Archive(args) => Ok(archive::run(args, &store.path()?, out.json())?),
@@ -137,7 +139,9 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Daemon(_)
         | Command::Start(_)
         | Command::Stop
-        | Command::Redo(_) => false,
+        | Command::Redo(_)
+        // It puts the terminal right at its end.
+        | Command::Top(_) => false,
     }
 }
 

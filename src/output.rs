@@ -88,6 +88,11 @@ impl Output {
         Self { bars: false, verbose: 0, ..self }
     }
 
+    /// Colours or none on stdout.
+    pub const fn paint(self) -> Paint {
+        self.paint
+    }
+
     /// How many times `-v` was given.
     pub const fn verbose(self) -> u8 {
         self.verbose

@@ -1,8 +1,12 @@
 //! The daemon from its start to its end: on victims, whose every result is checked, and on stock servers under load.
 //!
 //! A daemon under test may choose copies of programs under names that only the test runs, and nothing else on the machine.
+//! `undo --all` is tried only where the test's own processes are all there is.
 
 mod common;
+#[path = "daemon/place.rs"]
+#[allow(dead_code)]
+mod place;
 #[path = "servers/service.rs"]
 #[allow(dead_code)]
 mod service;
@@ -15,193 +19,19 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use common::build::{self, variant};
-use common::dyni::{BINARY, Outcome, run};
+use common::dyni::{BINARY, run};
 use common::is_root;
 use common::memory::Text;
 use common::process::{Victim, descendants, verify};
 use common::rng::Rng;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use serde_json::Value;
-use tempfile::TempDir;
-
-/// Longer than a profile, a plan and its check take on a machine that is busy with other tests.
-const PATIENCE: Duration = Duration::from_secs(90);
-
-/// A place for a daemon: socket, archive, configuration and log in a folder of its own.
-struct Place {
-    folder: TempDir,
-}
-
-/// A daemon in the foreground, ended when dropped.
-struct Daemon(Child);
-
-impl Place {
-    /// A folder that any user can look into.
-    fn new() -> Self {
-        Self { folder: service::folder("daemon") }
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn configure(&self, text: &str) {
-        fs::write(self.file("dyni.conf"), text).expect("write the configuration");
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut c = Command::new(BINARY);
-        c.args(args);
-        // With `=`, as Dynimize's own lines need it.
-        for (option, file) in [("socket", "control.sock"), ("archive", "archive.db"), ("config", "dyni.conf")] {
-            c.arg(format!("--{option}={}", self.file(file).display()));
-        }
-        for variable in ["DYNI_ARCHIVE", "DYNI_SOCKET", "DYNI_CONFIG", "DYNI_FAILPOINT", "NOTIFY_SOCKET"] {
-            c.env_remove(variable);
-        }
-        c
-    }
-
-    fn run(&self, args: &[&str]) -> Outcome {
-        run(&mut self.command(args))
-    }
-
-    /// The daemon with short times; its log is the file `log`.
-    fn daemon_command(&self) -> Command {
-        let mut c = self.command(&["daemon", "--cpu-window", "500ms", "--watch-every", "1s"]);
-        c.arg("--log").arg(self.file("log"));
-        c
-    }
-
-    fn daemon(&self) -> Daemon {
-        self.daemon_with(&mut self.daemon_command())
-    }
-
-    fn daemon_with(&self, command: &mut Command) -> Daemon {
-        let mut daemon = Daemon(command.stdin(Stdio::null()).spawn().expect("start the daemon"));
-        let pid = daemon.pid();
-        self.until("the daemon answers", || {
-            let ended = daemon.0.try_wait().expect("wait");
-            assert!(ended.is_none(), "the daemon has ended: {ended:?}");
-            self.status()["daemon"]["pid"] == pid
-        });
-        daemon
-    }
-
-    fn status(&self) -> Value {
-        let out = self.run(&["status", "--json"]);
-        out.expect_done();
-        out.json()
-    }
-
-    /// What the daemon says of the program of this process.
-    fn program(&self, pid: i32) -> Value {
-        let status = self.status();
-        let programs = status["daemon"]["programs"].as_array().cloned().unwrap_or_default();
-        programs.into_iter().find(|p| p["pid"] == pid).unwrap_or(Value::Null)
-    }
-
-    fn state(&self, pid: i32) -> String {
-        self.program(pid)["state"].as_str().unwrap_or("unknown").to_owned()
-    }
-
-    /// The state without a daemon: what the ledgers say.
-    fn ledger(&self, pid: i32) -> String {
-        let out = run(Command::new(BINARY).args(["status", "--direct", "--json", "-p", &pid.to_string()]));
-        out.expect_done();
-        out.json()["processes"][0]["state"].as_str().unwrap_or_default().to_owned()
-    }
-
-    fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
-        let deadline = Instant::now() + PATIENCE;
-        while !holds() {
-            assert!(Instant::now() < deadline, "never: {what}\n{}\n{}", self.status(), self.log());
-            thread::sleep(Duration::from_millis(30));
-        }
-    }
-
-    /// Waits for one of these states; which one came.
-    fn until_state(&self, pid: i32, states: &[&str]) -> String {
-        let mut now = String::new();
-        self.until(&format!("{pid} is one of {states:?}"), || {
-            now = self.state(pid);
-            states.contains(&now.as_str())
-        });
-        now
-    }
-
-    /// Waits until a program is dynimized. That it does not pay may be measured on a busy machine: then it is done anew.
-    fn until_dynimized(&self, pid: i32) {
-        for _ in 0..6 {
-            if self.until_state(pid, &["dynimized", "undynimized"]) == "dynimized" {
-                return;
-            }
-            let reason = self.program(pid)["reason"].as_str().unwrap_or_default().to_owned();
-            assert!(reason.contains("did not pay"), "{reason}\n{}", self.log());
-            self.run(&["redo", "-p", &pid.to_string()]).expect_done();
-            self.until_state(pid, &["profiling", "dynimizing", "dynimized"]);
-        }
-        panic!("it never paid\n{}", self.log());
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.file("log")).unwrap_or_default()
-    }
-
-    /// Whether these words appear in the log in this order.
-    fn assert_logged(&self, words: &[&str]) {
-        let log = self.log();
-        let mut rest = log.as_str();
-        for word in words {
-            let at = rest.find(word).unwrap_or_else(|| panic!("`{word}` of {words:?} is not in:\n{log}"));
-            rest = &rest[at + word.len()..];
-        }
-    }
-}
-
-impl Daemon {
-    fn pid(&self) -> i32 {
-        self.0.id() as i32
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.pid()), signal).expect("signal the daemon");
-    }
-
-    fn stop(mut self) {
-        self.signal(Signal::SIGTERM);
-        assert!(self.0.wait().expect("wait").success(), "the daemon did not end well");
-    }
-
-    /// As by the end of memory: without a chance to do anything.
-    fn kill(mut self) {
-        self.signal(Signal::SIGKILL);
-        self.0.wait().expect("wait");
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // A failed test must not leave it running.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A copy of a program under a name that nobody else runs; and that name.
-fn copy(program: &Path, to: &Path, tag: &str) -> (PathBuf, String) {
-    let name = format!("dt{}-{tag}", std::process::id());
-    let copy = to.join(&name);
-    fs::copy(program, &copy).expect("copy a program");
-    (copy, name)
-}
+use nix::sys::signal::Signal;
+use place::{Daemon, PATIENCE, Place, copy};
 
 /// A victim under a name of its own, whose results are verified by the original.
 fn start_victim(name: &str, place: &Place, tag: &str) -> Result<(Victim, PathBuf, String), String> {
@@ -322,9 +152,9 @@ fn a_killed_daemon_leaves_nothing_half_done() {
     daemon.kill();
     let daemon = place.daemon();
     place.until("it is in order again", || place.state(pid) != "partly dynimized");
-    place.run(&["undo", "--all"]).expect_done();
-    assert!(["undynimized", "waiting"].contains(&place.state(pid).as_str()), "{}", place.log());
-    text.assert_pristine(pid, "after undo --all");
+    place.run(&["undo", "-p", &name]).expect_done();
+    assert_eq!(place.state(pid), "undynimized", "{}", place.log());
+    text.assert_pristine(pid, "after the last undo");
     daemon.stop();
     finish(victim, &exe);
 }
@@ -545,6 +375,44 @@ fn a_program_in_other_namespaces() {
     daemon.stop();
 }
 
+/// `undo --all`, where a daemon and one program are alone: the daemon sees no other process.
+#[test]
+fn undo_of_everything() {
+    let place = Place::new();
+    let exe = match build::victim("switches", &variant::gcc_o2) {
+        Ok(exe) => exe,
+        Err(reason) => skip!("{reason}"),
+    };
+    let alone = ["--pid", "--mount", "--mount-proc", "--fork", "--kill-child"];
+    let possible = Command::new("unshare").args(alone).arg("true").output();
+    if !possible.is_ok_and(|o| o.status.success()) {
+        skip!("unshare can't make PID and mount namespaces here");
+    }
+    let (copied, name) = copy(&exe, place.folder.path(), "all");
+    place.configure(&format!("[exeList]\n{name} -delay=0 -window=1s -cpu-usage=1\n"));
+    let daemon = place.daemon_command();
+    let mut inside = Command::new("unshare");
+    inside.args(alone).args(["sh", "-c", "\"$0\" --forever & exec \"$@\""]).arg(&copied);
+    inside.arg(daemon.get_program()).args(daemon.get_args()).stdin(Stdio::null()).stdout(Stdio::null());
+    let _inside = Daemon(inside.spawn().expect("run unshare"));
+    let program = || {
+        let out = place.run(&["status", "--json"]);
+        out.json()["daemon"]["programs"][0].clone()
+    };
+    // What it is called inside; 1 is the daemon, which has taken the shell's place.
+    place.until("the program is worked on", || program()["state"] == "profiling");
+    // In the middle of it: what is under way is ended first.
+    let out = place.run(&["undo", "--all", "--json"]);
+    out.expect_done();
+    assert_eq!(out.json()["state"], "undynimized");
+    assert_eq!(program()["state"], "undynimized", "{}", place.log());
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(program()["state"], "undynimized", "it was chosen again\n{}", place.log());
+    place.run(&["redo"]).expect_done();
+    place.until("it is worked on again", || program()["state"] == "profiling");
+    place.run(&["stop"]).expect_done();
+}
+
 /// The life cycle of the manual on three stock servers at once, each under load the whole time.
 #[test]
 fn stock_servers() {
@@ -650,7 +518,9 @@ fn stock_servers() {
             println!("MariaDB dynimized {:.1} s after its restart", ready.elapsed().as_secs_f64());
             place.assert_logged(&[&format!("{mariadb_name}, pid: {pid}, dynimized (with the plan of the archive)")]);
             thread::sleep(Duration::from_secs(1));
-            place.run(&["undo", "--all"]).expect_done();
+            for name in [&mariadb_name, &postgres_name, &nginx_name] {
+                place.run(&["undo", "-p", name]).expect_done();
+            }
             daemon.stop();
         }));
         stop.store(true, Ordering::Relaxed);

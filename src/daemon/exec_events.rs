@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 /// A message: netlink header (16 bytes), connector header (20), event.
 const EVENT: usize = 16 + 20;
@@ -14,6 +15,9 @@ const CN_IDX_PROC: u32 = 1;
 const CN_VAL_PROC: u32 = 1;
 const PROC_CN_MCAST_LISTEN: u32 = 1;
 const PROC_EVENT_EXEC: u32 = 2;
+/// The host's own PID namespace (`PROC_PID_INIT_INO` of linux/proc_ns.h). In any other, the kernel ignores who listens and
+/// does not say so.
+const HOSTS_PIDS: &str = "pid:[4026531836]";
 
 /// The stream of events.
 pub struct ExecEvents(OwnedFd);
@@ -33,6 +37,9 @@ impl ExecEvents {
     /// # Errors
     /// The host does not allow or does not have it.
     pub fn open() -> io::Result<Self> {
+        if !std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns == Path::new(HOSTS_PIDS)) {
+            return Err(io::Error::other("this is not the host's PID namespace"));
+        }
         let kind = libc::SOCK_DGRAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
         // SAFETY: socket takes no pointers.
         let fd = check(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_CONNECTOR) })?;

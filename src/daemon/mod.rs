@@ -301,7 +301,9 @@ impl Daemon<'_> {
         self.looks += 1;
         if self.looks.is_multiple_of(LOOKS_PER_LEDGER) {
             let now = self.now();
-            let idle: Vec<Id> = self.machine.programs().filter(|p| p.job().is_none()).map(|p| p.seen.id).collect();
+            // One that waits is looked into when its turn comes.
+            let idle = self.machine.programs().filter(|p| p.job().is_none() && p.state != State::Waiting);
+            let idle: Vec<Id> = idle.map(|p| p.seen.id).collect();
             for id in idle {
                 self.machine.found(now, &id, ledger_of(id.pid));
             }

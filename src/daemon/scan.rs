@@ -104,8 +104,8 @@ impl Scanner {
     /// The programs that may be chosen, as far as they are known.
     pub fn programs(&self) -> Vec<Sighting> {
         let listed = self.known.values().filter_map(|known| match known {
-            Known::Listed(p) if p.target.still_there() => Some(p.target.clone()),
-            _ => None,
+            Known::Listed(p) => Some(p.target.clone()),
+            Known::Other(_) => None,
         });
         let boot = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
         let sighting = |group: Group| {
