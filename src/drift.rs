@@ -14,8 +14,9 @@ use crate::output::{Output, Paint, Report, plural};
 use crate::record::record_group;
 use crate::targets::{find, state_line};
 
-/// Samples a second and running thread: at this rate nobody notices, and a few seconds tell enough.
-const FREQUENCY_HZ: u64 = 97;
+/// Samples a second and running thread. A few seconds of it every few minutes cost a program less than a ten-thousandth of
+/// its time, and tell enough of one that is in the kernel for most of it.
+const FREQUENCY_HZ: u64 = 499;
 /// Code is told apart in pieces of so many bytes, which needs no binary to be read.
 const PIECE: u64 = 256;
 /// So many of the busiest pieces are kept.

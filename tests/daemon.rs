@@ -31,7 +31,7 @@ use common::memory::Text;
 use common::process::{Victim, descendants, verify};
 use common::rng::Rng;
 use nix::sys::signal::Signal;
-use place::{Daemon, PATIENCE, Place, copy};
+use place::{Daemon, PATIENCE, Place, copy, copy_to};
 
 /// A victim under a name of its own, whose results are verified by the original.
 fn start_victim(name: &str, place: &Place, tag: &str) -> Result<(Victim, PathBuf, String), String> {
@@ -182,7 +182,7 @@ fn who_may_do_what() {
     let pid = victim.pid();
     // The command lies in a folder that other users may not look into.
     let dyni = place.file("dyni");
-    fs::copy(BINARY, &dyni).expect("copy the command");
+    copy_to(Path::new(BINARY), &dyni);
     let ask = |user: u32, args: &[&str]| {
         run(as_user(user).arg(&dyni).args(args).arg("--socket").arg(place.file("control.sock")))
     };

@@ -530,22 +530,21 @@ impl Daemon<'_> {
             .help("run the command as its owner or as root"))
     }
 
-    /// The program that a PID (of any of its processes) or a name means, if it is one that is followed.
+    /// The program that a PID (of any of its processes), a name or a path means, if it is one that is followed.
     fn find(&self, spec: &str) -> Result<Option<Id>, Failure> {
         let known = |pid: i32| self.machine.programs().map(|p| p.seen.id).find(|id| id.pid == pid);
-        if let Ok(pid) = spec.parse::<i32>() {
-            let root = || Some(Group::of(&Target::by_pid(pid).ok()?).ok()?.root.pid);
-            return Ok(known(pid).or_else(|| known(root()?)));
-        }
-        let mut named = self.machine.programs().filter(|p| p.seen.name == spec).map(|p| p.seen.id);
-        match (named.next(), named.next()) {
-            (Some(_), Some(_)) => {
-                let pids: Vec<_> =
-                    self.machine.programs().filter(|p| p.seen.name == spec).map(|p| p.seen.id.pid).collect();
+        let named: Vec<Id> = self.machine.programs().filter(|p| p.seen.name == spec).map(|p| p.seen.id).collect();
+        match &named[..] {
+            [one] => Ok(Some(*one)),
+            [] => {
+                let root = || Some(Group::of(&Target::find(spec).ok()?).ok()?.root.pid);
+                Ok(spec.parse().ok().and_then(known).or_else(|| known(root()?)))
+            }
+            several => {
+                let pids: Vec<_> = several.iter().map(|id| id.pid).collect();
                 Err(Failure::usage(format!("`{spec}`"), format!("names several programs: {pids:?}"))
                     .help("give the PID of one"))
             }
-            (one, _) => Ok(one),
         }
     }
 

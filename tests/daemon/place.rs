@@ -183,6 +183,13 @@ impl Drop for Daemon {
 pub fn copy(program: &Path, to: &Path, tag: &str) -> (PathBuf, String) {
     let name = format!("dt{}-{tag}", std::process::id());
     let copy = to.join(&name);
-    fs::copy(program, &copy).expect("copy a program");
+    copy_to(program, &copy);
     (copy, name)
+}
+
+/// Copies a program by a process of its own: what this one has open for writing, a child of another test would inherit for a
+/// moment, and a file that is open for writing can't be run.
+pub fn copy_to(program: &Path, to: &Path) {
+    let done = Command::new("cp").arg(program).arg(to).status().expect("run cp");
+    assert!(done.success(), "copy {}: {done}", program.display());
 }

@@ -122,7 +122,9 @@ fn subjects(place: &Place) -> Result<Vec<Subject>, String> {
     let postgres = stock::postgres(Some(&exe))?;
     let dir = postgres.service.path().to_owned();
     let (a, b) = (dir.clone(), dir);
-    let load = move |turn: u64| stock::pgbench(&a, if turn / 20 % 2 == 0 { &["-S", "-T", "1"] } else { &["-T", "1"] });
+    let load = move |turn: u64| {
+        stock::pgbench(&a, if (turn / 20).is_multiple_of(2) { &["-S", "-T", "1"] } else { &["-T", "1"] })
+    };
     let postgres = Subject::new(name, postgres, move || stock::ask(&b, "select 1").is_ok(), load);
 
     let (exe, name) = of(&common::find_program("nginx").expect("it is there"), "nginx");
