@@ -14,7 +14,6 @@ mod service;
 #[allow(dead_code)]
 mod stock;
 
-use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -151,7 +150,7 @@ fn a_killed_daemon_leaves_nothing_half_done() {
     place.until_state(pid, &["dynimizing"]);
     daemon.kill();
     let daemon = place.daemon();
-    place.until("it is in order again", || place.state(pid) != "partly dynimized");
+    place.until("it is in order again", || !["unknown", "partly dynimized"].contains(&place.state(pid).as_str()));
     place.run(&["undo", "-p", &name]).expect_done();
     assert_eq!(place.state(pid), "undynimized", "{}", place.log());
     text.assert_pristine(pid, "after the last undo");
@@ -192,7 +191,7 @@ fn who_may_do_what() {
     for user in [owner, other] {
         let out = ask(user, &["status"]);
         out.expect_done();
-        assert_eq!(out.stdout, format!("{name}, pid: {pid}, waiting\n"));
+        assert!(out.stdout.starts_with(&format!("{name}, pid: {pid}, waiting\n")), "{out:#?}");
     }
     let spec = pid.to_string();
     for args in [&["undo", "-p", &spec][..], &["redo", "-p", &spec], &["redo"], &["undo", "--all"], &["stop"]] {
@@ -289,6 +288,19 @@ fn sockets() {
     place.run(&["stop"]).expect_clear_error(&[1], &["none runs"]);
 }
 
+/// A daemon in the background, which a failed test must not leave running.
+struct Background(i32);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        // It is no child of ours: its number may name another process once it has ended.
+        let exe = std::fs::read_link(format!("/proc/{}/exe", self.0));
+        if exe.is_ok_and(|exe| exe == Path::new(BINARY)) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), Signal::SIGKILL);
+        }
+    }
+}
+
 /// In the background, and by Dynimize's own words.
 #[test]
 fn dynimizes_own_words() {
@@ -302,9 +314,12 @@ fn dynimizes_own_words() {
     let log = format!("-log={}", place.file("log").display());
     let out = place.run(&["-start", &format!("-exe={name}"), "-delay=3600", "-window=1", &log, "-license=none"]);
     out.expect_done();
-    assert!(out.stdout.starts_with("dyni runs in the background, pid: "), "{out:#?}");
+    let background = out.stdout.trim_end().strip_prefix("dyni runs in the background, pid: ").map(str::parse);
+    let Some(Ok(background)) = background else { panic!("{out:#?}") };
+    let _background = Background(background);
     place.until_state(pid, &["waiting"]);
-    assert_eq!(place.run(&["-status"]).stdout, format!("{name}, pid: {pid}, waiting\n"));
+    // After it may come what others do on this machine.
+    assert!(place.run(&["-status"]).stdout.starts_with(&format!("{name}, pid: {pid}, waiting\n")));
     place.assert_logged(&["options: ", "delay 3600.0 s, window 1.0 s", "programs", &name]);
     place.run(&["-stop"]).expect_done();
     assert!(place.status()["daemon"].is_null());

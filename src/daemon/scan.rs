@@ -94,8 +94,12 @@ impl Scanner {
             Some(Known::Other(before)) if before == hash => Known::Other(hash),
             Some(Known::Listed(p)) if p.link == link && p.target.still_there() => Known::Listed(p),
             _ => match examine(pid, &link, settings) {
-                Some((target, limit)) => Known::Listed(Box::new(Listed { link, target, limit, used: Used::default() })),
-                None => Known::Other(hash),
+                Examined::Listed(target, limit) => {
+                    Known::Listed(Box::new(Listed { link, target, limit, used: Used::default() }))
+                }
+                Examined::Other => Known::Other(hash),
+                // It may be a target by the next look.
+                Examined::NotNow => return,
             },
         };
         self.known.insert(pid, now);
@@ -130,17 +134,29 @@ impl Scanner {
     }
 }
 
-/// The target and its limits if the process may be chosen.
-fn examine(pid: i32, link: &Path, settings: &Settings) -> Option<(Target, Limit)> {
+/// What a process is that was not known, or runs something else now.
+enum Examined {
+    Listed(Target, Limit),
+    Other,
+    /// It is listed, and at this moment no target: it begins, it ends, or somebody traces it.
+    NotNow,
+}
+
+fn examine(pid: i32, link: &Path, settings: &Settings) -> Examined {
     if pid == std::process::id() as i32 {
-        return None;
+        return Examined::Other;
     }
     let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     // An executable that was replaced has a mark behind its path; the target's own path is without.
     let path = link.to_str().and_then(|l| l.strip_suffix(" (deleted)")).map_or(link, Path::new);
-    let limit = settings.limit_of(pid, path, comm.trim_end_matches('\n'))?;
-    let target = Target::by_pid(pid).ok()?;
-    (settings.users.is_empty() || settings.users.contains(&target.uid)).then_some((target, limit))
+    let Some(limit) = settings.limit_of(pid, path, comm.trim_end_matches('\n')) else { return Examined::Other };
+    match Target::by_pid(pid) {
+        Ok(target) if settings.users.is_empty() || settings.users.contains(&target.uid) => {
+            Examined::Listed(target, limit)
+        }
+        // A server may change its user after it has begun.
+        _ => Examined::NotNow,
+    }
 }
 
 fn hash_of(path: &Path) -> u64 {
