@@ -46,7 +46,7 @@ use worker::Worker;
 
 /// The daemon is awake at least so often.
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// After so many looks at the host, ledgers are read again, in case another dyni has changed something.
+/// After so many looks at the host, ledgers and owners are read again, which may have changed.
 const LOOKS_PER_LEDGER: u32 = 6;
 /// How long a watch takes.
 const WATCH: Duration = Duration::from_secs(5);
@@ -293,13 +293,14 @@ impl Daemon<'_> {
     /// Looks at the host. `held` is what an earlier daemon has left to know.
     fn look(&mut self, held: &HashMap<Id, String>) {
         self.next_look = Instant::now() + self.args.cpu_window;
-        if let Err(e) = self.scanner.look_at_all(&self.settings) {
+        self.looks += 1;
+        let anew = self.looks.is_multiple_of(LOOKS_PER_LEDGER);
+        if let Err(e) = self.scanner.look_at_all(anew, &self.settings) {
             self.log.line(&format!("can't look for programs: {e}"));
             return;
         }
         self.see(held);
-        self.looks += 1;
-        if self.looks.is_multiple_of(LOOKS_PER_LEDGER) {
+        if anew {
             let now = self.now();
             // One that waits is looked into when its turn comes.
             let idle = self.machine.programs().filter(|p| p.job().is_none() && p.state != State::Waiting);

@@ -57,16 +57,17 @@ impl Scanner {
         *self = Self::default();
     }
 
-    /// Looks at every process, and at the processor time that those use which may be chosen.
+    /// Looks at every process, and at the processor time that those use which may be chosen; at these once more from the
+    /// ground if `anew`.
     ///
     /// # Errors
     /// /proc can't be read.
-    pub fn look_at_all(&mut self, settings: &Settings) -> Result<(), Failure> {
+    pub fn look_at_all(&mut self, anew: bool, settings: &Settings) -> Result<(), Failure> {
         let list = fs::read_dir("/proc").map_err(|e| Failure::failed("list the processes of this host", e))?;
         let pids: Vec<i32> = list.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
         let mut known = std::mem::take(&mut self.known);
         for pid in pids {
-            self.look_at(pid, known.remove(&pid), settings);
+            self.look_at(pid, known.remove(&pid), anew, settings);
         }
         let elapsed = self.looked.replace(Instant::now()).map_or(0.0, |before| before.elapsed().as_secs_f64());
         for (pid, known) in &mut self.known {
@@ -82,17 +83,26 @@ impl Scanner {
     /// Looks at one process that may be new or may run something else now; whether it may be chosen.
     pub fn look_at_one(&mut self, pid: i32, settings: &Settings) -> bool {
         let known = self.known.remove(&pid);
-        self.look_at(pid, known, settings);
+        self.look_at(pid, known, true, settings);
         matches!(self.known.get(&pid), Some(Known::Listed(_)))
     }
 
-    fn look_at(&mut self, pid: i32, known: Option<Known>, settings: &Settings) {
+    fn look_at(&mut self, pid: i32, known: Option<Known>, anew: bool, settings: &Settings) {
         // Kernel threads have no such link, and those that have just ended none any more.
         let Ok(link) = fs::read_link(format!("/proc/{pid}/exe")) else { return };
         let hash = hash_of(&link);
         let now = match known {
             Some(Known::Other(before)) if before == hash => Known::Other(hash),
-            Some(Known::Listed(p)) if p.link == link && p.target.still_there() => Known::Listed(p),
+            Some(Known::Listed(mut p)) if p.link == link && p.target.still_there() => {
+                // A server may change its user after it has begun. One that is traced now is what it was.
+                if anew && let Ok(target) = Target::by_pid(pid) {
+                    p.target = target;
+                }
+                if !of_users(&p.target, settings) {
+                    return;
+                }
+                Known::Listed(p)
+            }
             _ => match examine(pid, &link, settings) {
                 Examined::Listed(target, limit) => {
                     Known::Listed(Box::new(Listed { link, target, limit, used: Used::default() }))
@@ -151,12 +161,14 @@ fn examine(pid: i32, link: &Path, settings: &Settings) -> Examined {
     let path = link.to_str().and_then(|l| l.strip_suffix(" (deleted)")).map_or(link, Path::new);
     let Some(limit) = settings.limit_of(pid, path, comm.trim_end_matches('\n')) else { return Examined::Other };
     match Target::by_pid(pid) {
-        Ok(target) if settings.users.is_empty() || settings.users.contains(&target.uid) => {
-            Examined::Listed(target, limit)
-        }
-        // A server may change its user after it has begun.
+        Ok(target) if of_users(&target, settings) => Examined::Listed(target, limit),
         _ => Examined::NotNow,
     }
+}
+
+/// Whether a process belongs to one whose programs may be chosen.
+fn of_users(target: &Target, settings: &Settings) -> bool {
+    settings.users.is_empty() || settings.users.contains(&target.uid)
 }
 
 fn hash_of(path: &Path) -> u64 {
@@ -212,7 +224,7 @@ mod tests {
         let settings = only(pid);
         let mut scanner = Scanner::default();
         let mut look = || {
-            scanner.look_at_all(&settings).unwrap();
+            scanner.look_at_all(false, &settings).unwrap();
             scanner.programs()
         };
         while fs::read_link(format!("/proc/{pid}/exe")).unwrap() == std::env::current_exe().unwrap() {}
@@ -239,6 +251,9 @@ mod tests {
             let mut scanner = Scanner::default();
             assert_eq!(scanner.look_at_one(pid, &settings), count == 1);
             assert_eq!(scanner.programs().len(), count, "{:?}", settings.users);
+            // And nobody who has become another user.
+            scanner.look_at_all(true, &Settings { users: vec![me + 1], ..settings }).unwrap();
+            assert_eq!(scanner.programs(), []);
         }
         child.kill().unwrap();
         child.wait().unwrap();
