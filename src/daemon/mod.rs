@@ -110,6 +110,10 @@ struct Watchdog {
 /// It can't begin: the configuration is wrong, another daemon runs, the socket or the log can't be had.
 pub fn run(args: &DaemonArgs, file: Option<&Path>, contact: &Contact, archive: PathBuf) -> Result<(), Failure> {
     let settings = Settings::load(file, &args.limits)?;
+    if contact.roots_runs() {
+        return Err(Failure::refused("start the daemon", "root's serves this host already, and your programs with it")
+            .help("`dyni status` asks it"));
+    }
     let socket = contact.own()?;
     let mut server = Server::open(&socket)?;
     if let Some(address) = &args.metrics {

@@ -162,6 +162,12 @@ impl Contact {
             })
     }
 
+    /// Whether root's daemon serves this host, where a user's own is asked for at the usual place.
+    pub fn roots_runs(&self) -> bool {
+        let usual = self.flag.is_none() && !nix::unistd::geteuid().is_root();
+        usual && UnixStream::connect(SYSTEM).is_ok()
+    }
+
     /// Asks the daemon that runs; `None` if none does. One of this user comes before root's.
     ///
     /// # Errors
