@@ -352,7 +352,7 @@ fn short(text: &str) -> String {
 }
 
 /// Seconds since 1970-01-01 UTC as `2026-02-03 04:05`; empty beyond the year 9999.
-fn utc(seconds: u64) -> String {
+pub(crate) fn utc(seconds: u64) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     if days > 2_932_896 {
         return String::new();

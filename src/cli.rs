@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::parse;
 use crate::duration;
 
 /// Makes running programs faster without rebuilding, relinking, reconfiguring or restarting them.
@@ -45,6 +46,16 @@ pub struct Global {
     /// $XDG_DATA_HOME/dyni/archive.db]
     #[arg(long, global = true, value_name = "PATH", env = "DYNI_ARCHIVE")]
     pub archive: Option<PathBuf>,
+    /// The configuration of the daemon [default: /etc/dyni.conf]
+    #[arg(long, global = true, value_name = "FILE", env = "DYNI_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// The daemon's control socket [default: /run/dyni/control.sock for root, otherwise
+    /// $XDG_RUNTIME_DIR/dyni/control.sock]
+    #[arg(long, global = true, value_name = "PATH", env = "DYNI_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Leave a running daemon out of it
+    #[arg(long, global = true, conflicts_with = "socket")]
+    pub direct: bool,
 }
 
 /// The subcommands.
@@ -60,16 +71,30 @@ pub enum Command {
     Apply(ApplyArgs),
     /// Record, analyze and apply in one go
     Optimize(OptimizeArgs),
+    /// Run the daemon: find programs worth optimising, optimise them, follow their work
+    Daemon(DaemonArgs),
+    /// Start the daemon in the background
+    Start(DaemonArgs),
+    /// Stop the daemon; what is optimised stays so
+    Stop,
+    /// Optimise a program anew, or all that the daemon follows
+    Redo(RedoArgs),
     /// Take the code out again
     Undo(UndoArgs),
-    /// Show what is optimised
+    /// Show what is optimised, and what the daemon is about
     Status(StatusArgs),
     /// Write what perf and gdb have to know of the code in a running program
     Symbols(SymbolsArgs),
+    /// Show the daemon's programs, live
+    Top(TopArgs),
+    /// Show how well an optimised program's code still fits its work
+    Drift(DriftArgs),
     /// Show what this host, a process or a file allows, what not, and why
     Doctor(DoctorArgs),
     /// List, show and throw away the profiles and plans that are kept
     Archive(crate::archive::ArchiveArgs),
+    /// Read the daemon's configuration and say what it means
+    Config(ConfigArgs),
     /// Print the man page, or write one for each subcommand
     #[command(hide = true)]
     Man(ManArgs),
@@ -160,6 +185,65 @@ pub struct OptimizeArgs {
     /// How long to record
     #[arg(long, default_value = "10s", value_parser = duration::parse, value_name = "TIME")]
     pub duration: Duration,
+    /// Print a JSON document at the beginning of each step
+    #[arg(long, hide = true, requires = "json")]
+    pub phases: bool,
+}
+
+/// `dyni daemon` and `dyni start`
+#[derive(Clone, Debug, Args)]
+pub struct DaemonArgs {
+    /// What it is to do.
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Serve metrics for Prometheus on a Unix socket or a loopback address: unix:PATH or 127.0.0.1:PORT
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<String>,
+    /// End when as many programs as are to be worked on at once are dynimized, or can't be
+    #[arg(long)]
+    pub once: bool,
+    /// Over which time the use of the processor is measured
+    #[arg(long, default_value = "10s", value_parser = parse::window, value_name = "TIME", hide = true)]
+    pub cpu_window: Duration,
+    /// How often the drift of a dynimized program is measured
+    #[arg(long, default_value = "5min", value_parser = parse::window, value_name = "TIME", hide = true)]
+    pub watch_every: Duration,
+    /// Detach from the terminal and log to a file
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// `dyni redo`
+#[derive(Debug, Args)]
+pub struct RedoArgs {
+    /// The program: a PID, or the name of its executable [default: every program that the daemon follows]
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: Option<String>,
+    /// Without a daemon: how long to record [default: as configured]
+    #[arg(long, value_name = "TIME", value_parser = parse::window)]
+    pub window: Option<Duration>,
+}
+
+/// `dyni top`
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often it is drawn anew
+    #[arg(long, default_value = "1s", value_parser = duration::parse, value_name = "TIME")]
+    pub every: Duration,
+    /// Print it once and end
+    #[arg(long)]
+    pub once: bool,
+}
+
+/// `dyni drift`
+#[derive(Debug, Args)]
+pub struct DriftArgs {
+    /// The process: a PID, or the name of its executable
+    #[arg(short, long, value_name = "PID|NAME")]
+    pub pid: String,
+    /// How long to look
+    #[arg(long, default_value = "5s", value_parser = duration::parse, value_name = "TIME")]
+    pub duration: Duration,
 }
 
 /// `dyni undo`
@@ -204,6 +288,50 @@ pub struct DoctorArgs {
     /// A program or library that need not run
     #[arg(long, value_name = "FILE")]
     pub exe: Option<PathBuf>,
+}
+
+/// `dyni config`
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// What to do with it.
+    #[command(subcommand)]
+    pub verb: ConfigVerb,
+}
+
+/// `dyni config …`
+#[derive(Debug, Subcommand)]
+pub enum ConfigVerb {
+    /// Check the file that --config names, or /etc/dyni.conf, as the daemon would read it
+    Check,
+}
+
+/// What the daemon is to do, over what its configuration says.
+#[derive(Clone, Debug, Default, Args)]
+pub struct LimitArgs {
+    /// Only this process (may be given several times)
+    #[arg(short, long, value_name = "PID")]
+    pub pid: Vec<i32>,
+    /// Only programs of this name instead of those that are configured (may be given several times)
+    #[arg(long, value_name = "NAME", conflicts_with = "pid")]
+    pub exe: Vec<String>,
+    /// How many programs are profiled or dynimized at once [default: 1]
+    #[arg(long, value_name = "N", value_parser = parse::count)]
+    pub n_programs: Option<usize>,
+    /// How old a program has to be before it is touched [default: 60s]
+    #[arg(long, value_name = "TIME", value_parser = parse::delay)]
+    pub delay: Option<Duration>,
+    /// For how long a program is profiled [default: 90s]
+    #[arg(long, value_name = "TIME", value_parser = parse::window)]
+    pub window: Option<Duration>,
+    /// How much of one processor a program must use, percent as top counts it [default: 10]
+    #[arg(long, value_name = "PERCENT", value_parser = parse::cpu_usage)]
+    pub cpu_usage: Option<f64>,
+    /// Optimise a program anew once its work has changed
+    #[arg(long)]
+    pub reoptimize: bool,
+    /// The log file [default: /var/log/dyni.log for root, otherwise $XDG_STATE_HOME/dyni.log]
+    #[arg(long, value_name = "PATH")]
+    pub log: Option<PathBuf>,
 }
 
 /// `dyni man`

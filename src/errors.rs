@@ -77,6 +77,11 @@ impl Failure {
         self
     }
 
+    /// What the reader can do about it, if that is known.
+    pub fn helps(&self) -> Option<&str> {
+        self.help.as_deref()
+    }
+
     /// Which kind it is.
     pub const fn status(&self) -> Status {
         self.status

@@ -8,10 +8,14 @@ mod analyze;
 mod apply;
 mod archive;
 mod cli;
+mod config;
 mod count;
+mod daemon;
 mod demo;
 mod doctor;
+mod drift;
 mod duration;
+mod dynimize;
 mod errors;
 mod examine;
 mod gain;
@@ -27,21 +31,37 @@ mod status;
 mod store;
 mod symbols;
 mod targets;
+mod top;
 mod undo;
 
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 
 use cli::{Cli, Command};
+use daemon::control;
+use daemon::protocol::Contact;
 use errors::Failure;
 use output::Output;
 use store::Store;
 
 fn main() -> ExitCode {
     errors::install_panic_hook();
-    let cli = match Cli::try_parse() {
+    let words = match dynimize::translate(std::env::args_os().collect()) {
+        Ok(dynimize::Line::Words(words)) => words,
+        Ok(dynimize::Line::Answer(text)) => {
+            // A closed stdout is no failure: there was nothing to do.
+            let _ = writeln!(std::io::stdout().lock(), "{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(failure) => {
+            failure.print(false);
+            return failure.exit_code();
+        }
+    };
+    let cli = match Cli::try_parse_from(words) {
         Ok(cli) => cli,
         Err(e) => return not_parsed(&e),
     };
@@ -74,17 +94,29 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         end_quietly_when_nobody_reads();
     }
     let store = Store::at(cli.global.archive.as_deref());
+    let contact = Contact::at(cli.global.socket.as_deref());
+    let running = (!cli.global.direct).then_some(&contact);
+    let config = cli.global.config.as_deref();
     match command {
         Command::Demo(args) => demo::run(&args, out),
         Command::Record(args) => record::run(&args, &store, out),
         Command::Analyze(args) => analyze::run(&args, &store, out),
         Command::Apply(args) => apply::run(&args, &store, out),
         Command::Optimize(args) => optimize::run(&args, &store, out),
-        Command::Undo(args) => undo::run(&args, out),
-        Command::Status(args) => status::run(&args, out),
+        Command::Daemon(args) => daemon::run(&args, config, &contact, store.path()?),
+        Command::Start(args) => control::start(&args, config, &contact, &store.path()?, out),
+        Command::Stop => control::stop(&contact, out),
+        Command::Redo(args) => control::redo(&args, config, running, &store, out),
+        Command::Undo(args) => undo::run(&args, running, out),
+        Command::Status(args) => status::run(&args, running, out),
+        Command::Top(args) => top::run(&args, &contact, out),
+        Command::Drift(args) => drift::run(&args, out),
         Command::Symbols(args) => symbols::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Archive(args) => Ok(archive::run(args, &store.path()?, out.json())?),
+        Command::Config(args) => match args.verb {
+            cli::ConfigVerb::Check => config::check::run(config, out),
+        },
         Command::Man(args) => manual::man(&args, Cli::command()),
         Command::Completions(args) => manual::completions(&args, Cli::command()),
     }
@@ -95,8 +127,10 @@ const fn only_prints(command: &Command) -> bool {
     match command {
         Command::Analyze(_)
         | Command::Status(_)
+        | Command::Drift(_)
         | Command::Doctor(_)
         | Command::Archive(_)
+        | Command::Config(_)
         | Command::Man(_)
         | Command::Completions(_) => true,
         // They hold a process or children, or write files; a closed pipe must not end them half-way.
@@ -105,7 +139,13 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Apply(_)
         | Command::Optimize(_)
         | Command::Undo(_)
-        | Command::Symbols(_) => false,
+        | Command::Symbols(_)
+        | Command::Daemon(_)
+        | Command::Start(_)
+        | Command::Stop
+        | Command::Redo(_)
+        // It puts the terminal right at its end.
+        | Command::Top(_) => false,
     }
 }
 

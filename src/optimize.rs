@@ -2,6 +2,7 @@
 
 use dyni_applier::{Applier, Choice, State};
 use serde::Serialize;
+use std::time::Duration;
 
 use crate::analyze::{Analyzed, Layout, for_program};
 use crate::apply::{ApplyReport, apply_group_with};
@@ -32,11 +33,19 @@ struct OptimizeReport {
     not_measured: Option<String>,
 }
 
+/// The check takes its time from the recording's, but what it finds out is as good after this.
+const CHECK: Duration = Duration::from_secs(10);
+
 /// Does all of it.
 ///
 /// # Errors
 /// What did not work; the program is then as it was, or, if it was dynimized before, undynimized.
 pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failure> {
+    let phase = |name: &str| {
+        if args.phases {
+            println!("{}", serde_json::json!({ "phase": name }));
+        }
+    };
     let mut group = find(&args.pid)?;
     store.check_writable()?;
     // Another generation would hide where the time goes in the original code, and one process holds one plan.
@@ -44,19 +53,23 @@ pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failur
         out.detail("it is dynimized already: undone first");
         undo_group(&mut group)?;
     }
+    phase("profiling");
     let (mut recording, binaries) = profile_group(&mut group, args.duration, MethodArg::Auto, "", out)?;
     let id = keep(&mut recording.profile, &binaries, store)?;
     let record = RecordReport::new(&group, &recording, id);
+    phase("dynimizing");
     let Analyzed { stored, before, after, refused, .. } = for_program(&recording.profile, &binaries, out)?;
     store.keep_plan(&stored)?;
     // Children that were forked while it was recorded.
     group.refresh()?;
     let mut applier = Applier::new(&stored.plan, None)?;
     let mut applied = apply_group_with(&mut applier, &Choice::All, &stored, &mut group, out)?;
-    let (gain, not_measured) = match pays::check(&mut applier, &stored, &mut group, args.duration, out)? {
+    let (gain, not_measured) = match pays::check(&mut applier, &stored, &mut group, args.duration.min(CHECK), out)? {
         Verdict::Pays(gain) => (Some(gain), None),
         Verdict::TakenOut(gain) => {
             applied.state = StateWord(State::Undynimized);
+            // Or the next process of this build would be given it.
+            store.forget_plan(&stored)?;
             (Some(gain), None)
         }
         Verdict::Unknown(why) => (None, Some(why)),

@@ -88,6 +88,11 @@ impl Output {
         Self { bars: false, verbose: 0, ..self }
     }
 
+    /// Colours or none on stdout.
+    pub const fn paint(self) -> Paint {
+        self.paint
+    }
+
     /// How many times `-v` was given.
     pub const fn verbose(self) -> u8 {
         self.verbose
@@ -107,6 +112,14 @@ impl Output {
         };
         let mut out = io::stdout().lock();
         let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    }
+
+    /// Prints what another dyni has made of a report.
+    pub fn raw(self, text: &str) {
+        if self.json || !self.quiet {
+            let mut out = io::stdout().lock();
+            let _ = out.write_all(clean(text).as_bytes()).and_then(|()| out.flush());
+        }
     }
 
     /// One line on stderr about what is being done.

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use dyni_analyzer::yardstick;
-use dyni_applier::{Applier, ApplyError, Choice, CounterReader, Swap, Tally};
+use dyni_applier::{Applier, ApplyError, Choice, CounterReader, ModuleStatus, Swap, Tally};
 use dyni_collector::{Group, Target, cpu_time};
 use dyni_schema::{BuildId, FunctionPlan, LinkAddr, ModulePlan};
 
@@ -105,7 +105,22 @@ fn compare(
         members: HashMap::new(),
         blocks: without.plan.modules.iter().flat_map(blocks_of).collect(),
     };
-    trial.run(&mut few, duration, out)
+    let verdict = trial.run(&mut few, duration, out)?;
+    // Where the two could not take turns, that which was to be compared with is still in force: the code for a process that
+    // was changed early may have been made anew for a later one, and is no longer that which the first one holds.
+    if few.members.iter().any(|m| holds_another(m, stored)) {
+        undo_group(&mut few)?;
+        few.refresh()?;
+        apply_group_with(applier, &Choice::All, stored, &mut few, out.silent())?;
+    }
+    Ok(verdict)
+}
+
+/// Whether copies of another plan than this one are in force in a process.
+fn holds_another(member: &Target, stored: &StoredPlan) -> bool {
+    let hex = |plan: &[u8; 32]| plan.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let another = |m: &ModuleStatus| m.in_force > 0 && hex(&m.plan) != stored.id;
+    dyni_applier::status(member.pid).is_ok_and(|s| s.modules.iter().any(another))
 }
 
 /// What is in force in a slice.

@@ -110,7 +110,7 @@ pub fn profile_group(
             .help("`dyni undo` first: what is counted is the original code"));
     }
     let sampling = if can_count { sampling_part(duration) } else { duration };
-    let mut recording = record_group(group, sampling, sampler(method), label, out)?;
+    let mut recording = record_group(group, sampling, sampler(method), label, None, out)?;
     let binaries = {
         let _progress = out.progress("reading the binaries");
         modules::of_profile(&recording.profile, std::slice::from_ref(&group.root))
@@ -131,7 +131,7 @@ pub fn profile_group(
 }
 
 /// Records with a progress bar; Ctrl-C ends it and keeps what there is. Samples in the code cache of a program that is
-/// dynimized count where their originals are.
+/// dynimized count where their originals are. Without a `frequency_hz` the rate is the sampler's own.
 ///
 /// # Errors
 /// Why there is no recording.
@@ -140,6 +140,7 @@ pub fn record_group(
     duration: Duration,
     method: MethodChoice,
     label: &str,
+    frequency_hz: Option<u64>,
     out: Output,
 ) -> Result<Recording, Failure> {
     let interruptible = Interruptible::new();
@@ -151,13 +152,7 @@ pub fn record_group(
         // A process that can't be read any more has ended; its last samples count as outside.
         caches.entry(pid).or_insert_with(|| Resolver::of(pid).unwrap_or_default()).resolve(at)
     };
-    let options = RecordOptions {
-        duration,
-        method,
-        label: label.to_owned(),
-        resolve: Some(&resolve),
-        ..RecordOptions::default()
-    };
+    let options = RecordOptions { duration, method, frequency_hz, label: label.to_owned(), resolve: Some(&resolve) };
     let mut tick = |p: Progress| {
         bar.set(p.elapsed.as_millis() as u64);
         bar.say(&format!("{title} ({}): {} samples", p.method.name(), thousands(p.totals.samples)));

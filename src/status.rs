@@ -1,10 +1,12 @@
-//! `dyni status`: what is optimised, read from the processes themselves. It stops nothing and changes nothing.
+//! `dyni status`: what is optimised, read from the processes themselves, and what a daemon is about. It stops nothing and
+//! changes nothing.
 
 use dyni_applier::{ModuleStatus, State, Status};
 use dyni_collector::{Group, Target};
 use serde::Serialize;
 
 use crate::cli::StatusArgs;
+use crate::daemon::protocol::{Contact, DaemonStatus, ProgramStatus, State as Followed};
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::gain::Ratio;
@@ -14,6 +16,8 @@ use crate::targets::{Refused, StateWord, combined, find, has_ended, root_first, 
 /// `dyni status --json`.
 #[derive(Debug, Serialize)]
 pub struct StatusReport {
+    /// What a daemon says; null if none runs.
+    daemon: Option<DaemonStatus>,
     processes: Vec<ProcessReport>,
     /// Processes that this user may not look into; with `-p` always 0.
     not_permitted: usize,
@@ -60,16 +64,31 @@ struct ModuleReport {
 ///
 /// # Errors
 /// If the process can't be found or read.
-pub fn run(args: &StatusArgs, out: Output) -> Result<(), Failure> {
-    let mut report = StatusReport { processes: Vec::new(), not_permitted: 0, verbose: out.verbose() > 0 };
+pub fn run(args: &StatusArgs, contact: Option<&Contact>, out: Output) -> Result<(), Failure> {
+    let daemon = contact.map_or(Ok(None), Contact::status)?;
+    let mut report = StatusReport { daemon, processes: Vec::new(), not_permitted: 0, verbose: out.verbose() > 0 };
     match &args.pid {
         Some(spec) => {
-            let group = find(spec)?;
+            let known = |p: &ProgramStatus, group: Option<&Group>| match group {
+                Some(group) => p.pid == group.root.pid,
+                None => p.name == *spec || p.pid.to_string() == *spec,
+            };
+            let group = match find(spec) {
+                Ok(group) => group,
+                // The daemon may see what this user may not.
+                Err(_) if report.keep_only(|p| known(p, None)) => {
+                    out.report(&report);
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            };
+            let known = report.keep_only(|p| known(p, Some(&group)));
             for member in root_first(&group) {
                 match dyni_applier::status(member.pid) {
                     Ok(status) => report.processes.push(ProcessReport::new(&group, &member, &status)),
                     // A child that ended meanwhile is no longer part of the program.
                     Err(e) if has_ended(&member, &e) && group.members.len() > 1 => {}
+                    Err(e) if known && e.is_refusal() => {}
                     Err(e) => return Err(e.into()),
                 }
             }
@@ -175,20 +194,44 @@ impl ModuleReport {
     }
 }
 
+impl StatusReport {
+    /// Leaves only those of the daemon's programs; whether there is one.
+    fn keep_only(&mut self, wanted: impl Fn(&ProgramStatus) -> bool) -> bool {
+        self.daemon.as_mut().is_some_and(|d| {
+            d.programs.retain(wanted);
+            !d.programs.is_empty()
+        })
+    }
+}
+
 impl Report for StatusReport {
     fn text(&self, paint: Paint) -> String {
         let mut text = String::new();
-        let mut rest = &self.processes[..];
-        while let Some(first) = rest.first() {
-            let count = rest.iter().take_while(|p| p.root == first.root).count();
-            let (group, others) = rest.split_at(count);
-            rest = others;
+        let followed = self.daemon.iter().flat_map(|d| &d.programs);
+        for program in followed.clone() {
+            text.push_str(&state_line(&program.name, program.pid, program.processes, program.state.name()));
+            text.push('\n');
+            let group: Vec<_> = self.processes.iter().filter(|p| p.root == program.pid).collect();
+            // While code is made and measured, what is in force changes many times a second.
+            if self.verbose || !matches!(program.state, Followed::Profiling | Followed::Dynimizing) {
+                group_text(&group, self.verbose, paint, &mut text);
+            }
+            program_text(program, paint, &mut text);
+        }
+        let others: Vec<_> = self.processes.iter().filter(|p| followed.clone().all(|f| f.pid != p.root)).collect();
+        for group in others.chunk_by(|a, b| a.root == b.root) {
+            let state = combined(group.iter().map(|p| p.state.0));
+            text.push_str(&state_line(&group[0].name, group[0].root, group.len(), state.name()));
+            text.push('\n');
             group_text(group, self.verbose, paint, &mut text);
         }
-        if self.processes.is_empty() {
-            text.push_str("no process is dynimized\n");
+        if text.is_empty() {
+            text.push_str(match self.daemon {
+                Some(_) => "dyni runs; no program that is listed does, and no process is dynimized\n",
+                None => "no process is dynimized\n",
+            });
         }
-        if self.not_permitted > 0 {
+        if self.not_permitted > 0 && self.daemon.is_none() {
             let many = plural(self.not_permitted as u64, "process", "processes");
             text.push_str(&paint.dim(&format!("{many} could not be looked into: not permitted\n")));
         }
@@ -196,13 +239,18 @@ impl Report for StatusReport {
     }
 }
 
-fn group_text(group: &[ProcessReport], verbose: bool, paint: Paint, text: &mut String) {
-    let Some(first) = group.first() else { return };
-    let state = combined(group.iter().map(|p| p.state.0));
-    let line = state_line(&first.name, first.root, group.len(), state.name());
-    text.push_str(&line);
-    text.push('\n');
-    let shown = if verbose { group } else { &group[..1] };
+/// What a daemon knows of a program besides its state.
+fn program_text(program: &ProgramStatus, paint: Paint, text: &mut String) {
+    if let (Some(in_cache), Some(drift)) = (program.in_cache, program.drift) {
+        text.push_str(&format!("  {:.0} % of its time in copies, drift {drift:.2}\n", in_cache * 100.0));
+    }
+    if !program.reason.is_empty() {
+        text.push_str(&format!("  {}\n", paint.dim(&program.reason)));
+    }
+}
+
+fn group_text(group: &[&ProcessReport], verbose: bool, paint: Paint, text: &mut String) {
+    let shown = if verbose { group } else { &group[..group.len().min(1)] };
     for process in shown {
         if verbose && group.len() > 1 {
             text.push_str(&format!("  pid {}: {}\n", process.pid, process.state));
@@ -275,7 +323,7 @@ mod tests {
     }
 
     fn report(processes: Vec<ProcessReport>) -> StatusReport {
-        StatusReport { processes, not_permitted: 0, verbose: false }
+        StatusReport { daemon: None, processes, not_permitted: 0, verbose: false }
     }
 
     #[test]
@@ -286,6 +334,34 @@ mod tests {
             one.text(Paint::PLAIN),
             "nginx, parent pid 7 and its children, dynimized\nnginx, pid: 20, undynimized\n"
         );
+    }
+
+    #[test]
+    fn a_daemon_knows_more_than_the_ledgers() {
+        let program = ProgramStatus {
+            pid: 7,
+            name: "nginx".into(),
+            uid: 0,
+            processes: 2,
+            state: Followed::Waiting,
+            for_ns: 0,
+            reason: "no samples".into(),
+            cpu_percent: None,
+            gain: None,
+            stop_ns: 0,
+            refused: 0,
+            drift: None,
+            in_cache: None,
+        };
+        let daemon = DaemonStatus { programs: vec![program], ..DaemonStatus::default() };
+        let processes = vec![process(7, 7, State::Undynimized), process(20, 20, State::Dynimized)];
+        let mut report = StatusReport { daemon: Some(daemon), ..report(processes) };
+        assert_eq!(
+            report.text(Paint::PLAIN),
+            "nginx, parent pid 7 and its children, waiting\n  no samples\nnginx, pid: 20, dynimized\n"
+        );
+        assert!(!report.keep_only(|p| p.pid == 20));
+        assert!(report.text(Paint::PLAIN).starts_with("nginx, pid: 7, undynimized\n"));
     }
 
     #[test]

@@ -10,6 +10,9 @@ use dyni_schema::{Plan, Profile};
 
 use crate::errors::Failure;
 
+/// Why there is no plan, where there is none for what a program runs.
+pub const NO_PLAN: &str = "the archive has none for the builds that it runs";
+
 /// A plan and the id that it has in every archive.
 #[derive(Debug)]
 pub struct StoredPlan {
@@ -83,6 +86,16 @@ impl Store {
         Ok(())
     }
 
+    /// Throws a plan away.
+    ///
+    /// # Errors
+    /// The archive can't be written.
+    pub fn forget_plan(&self, plan: &StoredPlan) -> Result<(), Failure> {
+        let id = plan.id.parse::<BlobPrefix>().map_err(ArchiveError::from)?;
+        self.write()?.remove(&id)?;
+        Ok(())
+    }
+
     /// The profile that these words mean, by default the newest; and its id.
     ///
     /// # Errors
@@ -118,11 +131,8 @@ fn newest_for(archive: &Archive, target: &Target) -> Result<BlobId, Failure> {
     let plans = archive.plans_for(&build_ids)?;
     let newest = plans.iter().find(|p| p.program == target.name);
     newest.map(|p| p.id).ok_or_else(|| {
-        Failure::failed(
-            format!("find a plan for {}, pid: {}", target.name, target.pid),
-            "the archive has none for the builds that it runs",
-        )
-        .help("`dyni optimize` makes one, or `dyni record` and then `dyni analyze`")
+        Failure::failed(format!("find a plan for {}, pid: {}", target.name, target.pid), NO_PLAN)
+            .help("`dyni optimize` makes one, or `dyni record` and then `dyni analyze`")
     })
 }
 

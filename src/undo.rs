@@ -7,6 +7,8 @@ use dyni_collector::{Group, TargetError};
 use serde::Serialize;
 
 use crate::cli::UndoArgs;
+use crate::daemon::control;
+use crate::daemon::protocol::Contact;
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Output, Paint, Report, plural};
@@ -34,11 +36,15 @@ struct ProcessReport {
     damaged: Vec<String>,
 }
 
-/// Undoes one program, or every one on this host.
+/// Undoes one program, or every one on this host: a daemon that follows it does that, so that it leaves it alone
+/// afterwards.
 ///
 /// # Errors
 /// The first process that could not be undone; the others are done all the same.
-pub fn run(args: &UndoArgs, out: Output) -> Result<(), Failure> {
+pub fn run(args: &UndoArgs, contact: Option<&Contact>, out: Output) -> Result<(), Failure> {
+    if contact.map_or(Ok(false), |c| control::undo(args, c, out))? {
+        return Ok(());
+    }
     let mut groups = match &args.pid {
         Some(spec) => vec![find(spec)?],
         None => dynimized()?.groups.into_iter().map(|(group, _)| group).collect(),

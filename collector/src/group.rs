@@ -45,6 +45,31 @@ impl Group {
         Ok(Self { root, members, aside: Vec::new() })
     }
 
+    /// The programs that these processes make up, by rising PID of their roots: the same question as [`Group::of`], for
+    /// whoever knows already which processes matter. A process whose parent is not among them belongs to a program of the
+    /// same `execve` in its session.
+    #[must_use]
+    pub fn all_of(mut processes: Vec<Target>) -> Vec<Self> {
+        // A parent has a lower start time than its children, and is looked at before them.
+        processes.sort_by_key(|t| (t.start_ticks, t.pid));
+        let mut groups: Vec<Self> = Vec::new();
+        for process in processes {
+            let belongs = |g: &&mut Self| {
+                let kin = |m: &Target| m.pid == process.parent || m.session == process.session;
+                g.root.same_program(&process) && g.members.iter().any(kin)
+            };
+            match groups.iter_mut().find(belongs) {
+                Some(group) => group.members.push(process),
+                None => groups.push(Self::alone(&process)),
+            }
+        }
+        for group in &mut groups {
+            group.members.sort_unstable_by_key(|t| t.pid);
+        }
+        groups.sort_unstable_by_key(|g| g.root.pid);
+        groups
+    }
+
     /// A group of one: this process alone, without its relatives.
     #[must_use]
     pub fn alone(target: &Target) -> Self {
@@ -142,4 +167,43 @@ fn members(root: &Target, known: &[Target]) -> Result<Vec<Target>, TargetError> 
         all.values().filter(|t| t.same_program(root) && (t.session == root.session || descends(t))).cloned().collect();
     members.sort_unstable_by_key(|t| t.pid);
     Ok(members)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::target::FileId;
+
+    fn process(pid: i32, parent: i32, session: i32, layout: u64) -> Target {
+        Target {
+            pid,
+            parent,
+            session,
+            exe: "/usr/sbin/nginx".into(),
+            exe_deleted: false,
+            exe_id: FileId { dev: (0, 1), inode: 2 },
+            name: "nginx".into(),
+            start_ticks: pid as u64,
+            uid: 0,
+            threads: 1,
+            state: 'S',
+            layout: (layout, layout),
+        }
+    }
+
+    #[test]
+    fn processes_make_up_programs() {
+        let pids = |g: &Group| (g.root.pid, g.members.iter().map(|m| m.pid).collect::<Vec<_>>());
+        let all = vec![
+            process(23, 10, 23, 1), // a backend: its own session, a child of the root
+            process(10, 1, 10, 1),
+            process(40, 1, 10, 1),  // an orphan in the root's session
+            process(50, 23, 50, 1), // a grandchild
+            process(60, 10, 10, 2), // another execve, though forked from it
+            process(70, 1, 70, 1),  // the same places by chance, or without randomisation, and no kin
+        ];
+        let groups = Group::all_of(all);
+        let wanted = [(10, vec![10, 23, 40, 50]), (60, vec![60]), (70, vec![70])];
+        assert_eq!(groups.iter().map(pids).collect::<Vec<_>>(), wanted);
+    }
 }

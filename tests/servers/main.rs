@@ -12,4 +12,5 @@ mod postgres;
 mod python;
 mod redis;
 mod service;
+mod stock;
 mod tools;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -10,10 +10,10 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::common::find_program;
 use crate::common::process::descendants;
-use crate::service::{Service, client, cycle, folder};
+use crate::service::{client, cycle};
 use crate::skip;
+use crate::stock;
 
 /// A request on a kept connection, or on a new one where the server has said that it closes.
 struct Browser {
@@ -62,36 +62,22 @@ impl Browser {
 
 #[test]
 fn nginx() {
-    let (Some(server), Some(wrk)) = (find_program("nginx"), find_program("wrk")) else {
-        skip!("nginx or wrk is not installed");
-    };
-    let dir = folder("nginx");
-    // The port is free now; nobody else on this machine has a reason to take it in the next moment.
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-    let path = dir.path().display().to_string();
-    let page = format!("<p>{}</p>\n", "x".repeat(700));
-    let big: String = (0..9000).map(|i| format!("line {}\n", i * 7 % 1013)).collect();
-    fs::write(dir.path().join("index.html"), &page).expect("write a page");
-    fs::write(dir.path().join("big.txt"), &big).expect("write a page");
-    fs::write(
-        dir.path().join("conf"),
+    let map = "map $uri $kind { ~^/r/(?<n>\\d+) number; default other; }";
+    let started = stock::nginx(None, map, |port| {
         format!(
-            "worker_processes 2; daemon off; pid {path}/pid; error_log {path}/errors;\n\
-             events {{ worker_connections 256; }}\n\
-             http {{\n  access_log {path}/access; keepalive_requests 1000000; client_body_temp_path {path}/t1;\n  \
-             proxy_temp_path {path}/t2; fastcgi_temp_path {path}/t3; uwsgi_temp_path {path}/t4; scgi_temp_path {path}/t5;\n  \
-             map $uri $kind {{ ~^/r/(?<n>\\d+) number; default other; }}\n  \
-             server {{ listen 127.0.0.1:{port}; root {path}; add_header X-Kind $kind;\n    \
-             location / {{ rewrite ^/r/(.*)$ /$1 last; }}\n    \
+            "    add_header X-Kind $kind;\n    location / {{ rewrite ^/r/(.*)$ /$1 last; }}\n    \
              location = /up {{ proxy_pass http://127.0.0.1:{port}/big.txt; proxy_http_version 1.1; }}\n    \
-             location = /text {{ default_type text/plain; return 200 \"$request_method $uri $kind\"; }}\n  }}\n}}\n"
-        ),
-    )
-    .expect("write the configuration");
-    let mut command = Command::new(server);
-    command.arg("-c").arg(dir.path().join("conf")).arg("-p").arg(dir.path());
-    let mut service = Service::start("nginx", dir, &mut command, Signal::SIGTERM);
-    service.wait_ready(|| TcpStream::connect(("127.0.0.1", port)).is_ok());
+             location = /text {{ default_type text/plain; return 200 \"$request_method $uri $kind\"; }}\n"
+        )
+    });
+    let (mut stock, port) = match started {
+        Ok(started) => started,
+        Err(reason) => skip!("{reason}"),
+    };
+    let service = &mut stock.service;
+    let page = stock::page();
+    let big: String = (0..9000).map(|i| format!("line {}\n", i * 7 % 1013)).collect();
+    fs::write(service.file("big.txt"), &big).expect("write a page");
     let mut browser = Browser { port, kept: None };
     let visit = |b: &mut Browser| {
         b.expect("/index.html", "200", &page);
@@ -107,7 +93,7 @@ fn nginx() {
     let (reloads, seen, seen_before) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let load = || {
         let url = format!("http://127.0.0.1:{port}/r/index.html");
-        let out = client(Command::new(&wrk).args(["-t1", "-c8", "-d2s", &url]))?;
+        let out = client(Command::new("wrk").args(["-t1", "-c8", "-d2s", &url]))?;
         // A reload closes the connections that the old workers keep, which wrk counts as read errors: as many as that, and
         // if it came at the end of one run, maybe in the next.
         let now = reloads.load(Ordering::SeqCst);
@@ -118,7 +104,7 @@ fn nginx() {
         if out.contains("Non-2xx") || wrong.is_some_and(|w| !excused(w)) { Err(out) } else { Ok(()) }
     };
     let master = service.pid();
-    cycle(&mut service, load, &mut |n, text, _| {
+    cycle(service, load, &mut |n, text, _| {
         visit(&mut browser);
         if n % 10 == 0 {
             let workers = descendants(master);

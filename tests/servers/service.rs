@@ -49,6 +49,27 @@ impl Service {
         Self { name, child, folder, quit }
     }
 
+    /// Ends it in good order and runs a command in its place.
+    // The daemon's tests do.
+    #[allow(dead_code)]
+    pub fn restart(&mut self, command: &mut Command) {
+        self.end();
+        let log = File::options().append(true).open(self.file("log")).expect("open the log");
+        let child = command.stdin(Stdio::null()).stdout(log.try_clone().expect("a second handle")).stderr(log).spawn();
+        self.child = child.unwrap_or_else(|e| panic!("start {} again: {e}", self.name));
+    }
+
+    fn end(&mut self) {
+        // It may be dead already; then there is nothing to stop.
+        let _ = kill(Pid::from_raw(self.pid()), self.quit);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(20));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Its folder.
     pub fn path(&self) -> &Path {
         self.folder.path()
@@ -91,14 +112,7 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // It may be dead already; then there is nothing to stop.
-        let _ = kill(Pid::from_raw(self.pid()), self.quit);
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(20));
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }
 
