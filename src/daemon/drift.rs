@@ -39,11 +39,11 @@ impl Watch {
         if self.samples == 0 { 0.0 } else { 1.0 - self.in_cache.min(self.samples) as f64 / self.samples as f64 }
     }
 
-    /// How different the busy code of two watches is: 0 the same mix, 1 none in common. One minus the cosine of the
-    /// two as vectors: it is made by the hottest pieces, so that the many with a sample or two, which differ by chance
-    /// alone, count for nothing.
+    /// How different the busy code of two watches is: 0 the same mix, 1 none in common. One minus the cosine of the two as
+    /// vectors, so that the hottest pieces make it. A count of chance has a square that is too large by the count itself (as
+    /// Poisson's has); without taking that off, two watches of the same flat mix would seem far apart.
     pub fn distance(&self, other: &Self) -> f64 {
-        let length = |w: &Self| w.pieces.values().map(|n| (*n as f64).powi(2)).sum::<f64>().sqrt();
+        let length = |w: &Self| w.pieces.values().map(|&n| n as f64 * (n as f64 - 1.0)).sum::<f64>().sqrt();
         let product: f64 = self.pieces.iter().filter_map(|(f, n)| Some(*n as f64 * *other.pieces.get(f)? as f64)).sum();
         let lengths = length(self) * length(other);
         if lengths == 0.0 { 0.0 } else { (1.0 - product / lengths).clamp(0.0, 1.0) }
@@ -153,6 +153,25 @@ mod tests {
         assert!(drift.is_far() && drift.value().unwrap() > 0.5, "{drift:?}");
         // Chance alone is none.
         assert!(watch(0, &SAME).distance(&watch(0, &[("a", 480), ("b", 330), ("d", 4)])) < 0.01);
+    }
+
+    #[test]
+    fn chance_alone_is_no_distance() {
+        // Draws from a mix without any hot spot, as of a large server.
+        let mut state = 1_u64;
+        let mut draw = || {
+            let mut watch = Watch { samples: 1500, ..Watch::default() };
+            for _ in 0..1500 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                *watch.pieces.entry((state >> 33).rem_euclid(250).to_string()).or_default() += 1;
+            }
+            watch
+        };
+        let first = draw();
+        for _ in 0..20 {
+            let distance = first.distance(&draw());
+            assert!(distance < 0.1, "{distance}");
+        }
     }
 
     #[test]
