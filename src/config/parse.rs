@@ -1,5 +1,6 @@
 //! The format of `/etc/dyni.conf`, which is Dynimize's: sections in brackets, a line a thing, `#` begins a comment.
 //!
+//! ```text
 //!     [options]
 //!     reoptimize
 //!     maxLogSize=1MB
@@ -7,6 +8,7 @@
 //!     mariadbd -window=60 -cpu-usage=25
 //!     [users]
 //!     mysql
+//! ```
 //!
 //! Words are read as Dynimize writes them, in any case, with or without the dash that they have on its command line. A
 //! line that means nothing is an error with its number: what was misspelt must not be silently left out.

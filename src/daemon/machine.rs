@@ -1,8 +1,10 @@
 //! What is to be done with which program, and what it is called meanwhile. Pure: time comes in as a number, work goes out
 //! as [`Action`]s, and what came of it comes back as an [`Outcome`].
 //!
+//! ```text
 //!     waiting → profiling → dynimizing → dynimized ⇄ (drift) profiling …
 //!        └── reuse ───────────┘     └→ undynimized: it did not pay, was refused, or a user has undone it
+//! ```
 //!
 //! A program is one `execve` and what was forked from it. Everything about one is forgotten when it ends; that it was
 //! undone, or does not pay, is kept beside the socket for the next daemon ([`Machine::held`]), and that it is dynimized

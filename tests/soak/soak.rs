@@ -68,9 +68,18 @@ impl Subject {
                 continue;
             }
             let turn = self.loads.fetch_add(1, Ordering::Relaxed);
-            (self.load)(turn).map_err(|e| format!("{}, load {turn}: {e}", self.name))?;
+            (self.load)(turn).map_err(|e| format!("{}, load {turn}: {e}\n{}", self.name, self.log()))?;
         }
         Ok(())
+    }
+
+    /// What the server said last, for whoever looks for the cause of a failed query.
+    fn log(&self) -> String {
+        let path = self.stock.lock().expect("no panic here").service.file("log");
+        let text = std::fs::read(path).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let tail: Vec<_> = text.lines().rev().take(40).collect();
+        tail.into_iter().rev().collect::<Vec<_>>().join("\n")
     }
 
     /// Kills it, the hard way or not, and starts it again.
@@ -179,7 +188,7 @@ fn soak() {
         stop.store(true, Ordering::SeqCst);
         for loader in loaders {
             let done = loader.join().expect("a load does not panic");
-            assert_eq!(done, Ok(()), "{}", place.log());
+            assert!(done.is_ok(), "{}\n{}", done.unwrap_err(), place.log());
         }
         if let Err(panic) = survived {
             std::panic::resume_unwind(panic);
