@@ -27,14 +27,17 @@ pub struct Applier<'p> {
 /// A plan's code for processes whose unwinder is told of copies, or for those where it can't be.
 #[derive(Debug)]
 struct Variant {
-    /// What was prepared last.
-    generations: Vec<Generation>,
+    /// What was prepared, newest last: the processes of a group need not have the same holes free.
+    made: Vec<Vec<Generation>>,
     usable: bool,
 }
 
+/// How many of them are kept.
+const KEPT: usize = 8;
+
 impl Default for Variant {
     fn default() -> Self {
-        Self { generations: Vec::new(), usable: true }
+        Self { made: Vec::new(), usable: true }
     }
 }
 
@@ -76,9 +79,10 @@ impl<'p> Applier<'p> {
     /// # Errors
     /// Why it can't be done.
     pub fn prepare(&mut self, pid: i32) -> Result<Vec<Prepared>, ApplyError> {
-        let made = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true);
-        self.told.generations = made.map_err(|e| e.or_death(pid))?;
-        Ok(self.told.generations.iter().map(Generation::summary).collect())
+        let made = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, true).map_err(|e| e.or_death(pid))?;
+        let summary = made.iter().map(Generation::summary).collect();
+        self.told.made.push(made);
+        Ok(summary)
     }
 
     /// Applies the plan to process `pid`, which must not be dynimized with another plan. What was prepared for another
@@ -103,11 +107,11 @@ impl<'p> Applier<'p> {
     /// # Errors
     /// [`ApplyError::Changed`] if they were not. Otherwise as [`Applier::apply`].
     pub fn swap<'a>(&'a self, other: &'a Applier<'_>, pid: i32) -> Result<Swap<'a>, ApplyError> {
-        Swap::open(pid, [self.variants(), other.variants()]).map_err(|e| e.or_death(pid))
+        Swap::open(pid, [&self.made(), &other.made()]).map_err(|e| e.or_death(pid))
     }
 
-    fn variants(&self) -> [&[Generation]; 2] {
-        [&self.told.generations, &self.untold.generations]
+    fn made(&self) -> Vec<&[Generation]> {
+        [&self.told, &self.untold].iter().flat_map(|v| v.made.iter().rev()).map(Vec::as_slice).collect()
     }
 
     /// Notes in process `pid`, for `status`, what it was measured to gain by this plan; nothing if it does not hold it.
@@ -139,14 +143,18 @@ impl<'p> Applier<'p> {
 
     fn apply_variant(&mut self, pid: i32, tell_unwinder: bool, choice: &Choice) -> Result<Applied, ApplyError> {
         let variant = if tell_unwinder { &mut self.told } else { &mut self.untold };
-        if !variant.generations.is_empty() {
-            match install(pid, &variant.generations, choice, &mut self.library.unwinders) {
+        for made in variant.made.iter().rev() {
+            match install(pid, made, choice, &mut self.library.unwinders) {
                 Ok(applied) if !applied.modules.is_empty() => return Ok(applied),
                 Ok(_) | Err(ApplyError::Changed(_)) => {}
                 Err(e) => return Err(e),
             }
         }
-        variant.generations = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
-        install(pid, &variant.generations, choice, &mut self.library.unwinders)
+        let made = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
+        if variant.made.len() == KEPT {
+            variant.made.remove(0);
+        }
+        variant.made.push(made);
+        install(pid, &variant.made[variant.made.len() - 1], choice, &mut self.library.unwinders)
     }
 }

@@ -39,19 +39,19 @@ struct Side<'g> {
 }
 
 impl<'g> Swap<'g> {
-    /// For process `pid`, into which one of the variants of either plan was installed.
+    /// For process `pid`, into which one of what was made for either plan was installed.
     ///
     /// # Errors
     /// [`ApplyError::Changed`] if it was not. Otherwise as for an apply.
-    pub(crate) fn open(pid: i32, plans: [[&'g [Generation]; 2]; 2]) -> Result<Self, ApplyError> {
+    pub(crate) fn open(pid: i32, plans: [&[&'g [Generation]]; 2]) -> Result<Self, ApplyError> {
         let lock = Lock::take(pid)?.ok_or(ApplyError::Locked(pid))?;
         let memory = Memory::open(pid)?;
         let maps = maps::mappings(pid)?;
         let modules = maps::ModuleReader::default().of(pid, &maps);
         let (entries, _) = ledger::find(pid, &maps, &memory);
         let old_escapes = escapes(&entries);
-        let side = |variants: [&'g [Generation]; 2]| {
-            let sites = variants.into_iter().map(|v| sites(v, &modules, &entries, &memory)).find(|s| !s.is_empty())?;
+        let side = |made: &[&'g [Generation]]| {
+            let sites = made.iter().map(|m| sites(m, &modules, &entries, &memory)).find(|s| !s.is_empty())?;
             let edits = Edits::of(&sites, &Choice::All, &old_escapes);
             let mut out: Vec<Edit> = sites.iter().flat_map(|s| taking_out(&s.entry)).collect();
             out.sort_by_key(|edit| edit.at);
