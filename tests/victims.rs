@@ -63,7 +63,8 @@ victims! {
     // Between a dlclose and the next dlopen there is nothing to patch, or to find patched.
     plugins: Racing;
     sandbox: Served;
-    vforks: Served;
+    // Most of the time goes into the kernel, and what is sampled may be the library alone.
+    vforks: Somewhere;
     selfmod: Maybe;
     endless: InCopy;
     retaddr_pop: Maybe;

@@ -34,6 +34,8 @@ struct Variant {
 
 /// How many of them are kept.
 const KEPT: usize = 8;
+/// How often code is made for a process that changes meanwhile: one that maps something where a cache was to go.
+const TRIES: u32 = 4;
 
 impl Default for Variant {
     fn default() -> Self {
@@ -150,11 +152,19 @@ impl<'p> Applier<'p> {
                 Err(e) => return Err(e),
             }
         }
-        let made = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
-        if variant.made.len() == KEPT {
-            variant.made.remove(0);
+        let mut tries = TRIES;
+        loop {
+            let made = prepare(pid, self.plan, self.id, &mut self.library, self.fuel, tell_unwinder)?;
+            let installed = install(pid, &made, choice, &mut self.library.unwinders);
+            tries -= 1;
+            if tries > 0 && matches!(installed, Err(ApplyError::Changed(_))) {
+                continue;
+            }
+            if variant.made.len() == KEPT {
+                variant.made.remove(0);
+            }
+            variant.made.push(made);
+            return installed;
         }
-        variant.made.push(made);
-        install(pid, &variant.made[variant.made.len() - 1], choice, &mut self.library.unwinders)
     }
 }

@@ -1,8 +1,9 @@
 //! Where a code cache goes: a hole in the address space, 2 MB-aligned, within reach of the whole module.
 //!
 //! Below the module first, never between a main executable and its heap, which grows upwards (OCOLOS collided with
-//! `brk`). Libraries lie one beside the other at the top of the address space with other mappings close below; there
-//! any hole within reach serves, and the gap between the topmost mapping and the stack is the last resort.
+//! `brk`). Libraries lie one beside the other at the top of the address space, where the kernel places what the program maps,
+//! each time as high as it goes: so for them it is the middle of the largest hole within reach, where new mappings and the
+//! stacks of new threads come last.
 
 use dyni_collector::maps::Mapping;
 use dyni_schema::RunAddr;
@@ -48,11 +49,13 @@ impl AddressSpace {
         !self.mapped.iter().any(|m| m.start < range.end && range.start < m.end)
     }
 
-    /// Holes for a cache of `size` bytes (a multiple of [`HUGE`]) with `behind` more bytes behind it, for the module that occupies `module`, best first,
-    /// at most `most` of them.
+    /// Holes for a cache of `size` bytes (a multiple of [`HUGE`]) with `behind` more bytes behind it, for the module that
+    /// occupies `module`, best first, at most `most` of them.
     #[must_use]
     pub fn holes(&self, module: &Range<u64>, size: u64, behind: u64, most: usize) -> Vec<RunAddr> {
         let reach = (module.end.saturating_sub(REACH)).max(LOWEST)..module.start.saturating_add(REACH);
+        let is_library = self.heap.is_some_and(|heap| heap < module.start);
+        let mut middles = Vec::new();
         let mut below = Vec::new();
         let mut above = Vec::new();
         let mut previous = LOWEST;
@@ -68,12 +71,16 @@ impl AddressSpace {
             };
             // The heap grows up into the hole above it.
             let above_heap = self.heap.is_some_and(|heap| heap < low && heap >= module.start);
-            if hole.end <= module.start {
+            if is_library {
+                middles.push((top - low, low.midpoint(top) & !(HUGE - 1)));
+            } else if hole.end <= module.start {
                 below.push(top);
             } else if !above_heap {
                 above.push(low);
             }
         }
+        middles.sort_unstable();
+        below.extend(middles.into_iter().map(|(_, middle)| middle));
         below.reverse();
         below.into_iter().chain(above).take(most).map(RunAddr).collect()
     }
@@ -103,6 +110,20 @@ mod tests {
         let s = space(&[(0x40_0000, 0xa0_0000), (0xb0_0000, 0xc0_0000)], Some(0xb0_0000), None);
         assert_eq!(s.holes(&(0x40_0000..0xa0_0000), HUGE, 0, 9), [RunAddr(0x20_0000)]);
         assert_eq!(s.holes(&(0x40_0000..0xa0_0000), 2 * HUGE, 0, 9), [], "there is no other");
+    }
+
+    #[test]
+    fn a_librarys_is_where_nothing_comes_to_lie_soon() {
+        let library = 0x7fff_e000_0000..0x7fff_e020_0000;
+        let s = space(
+            &[(0x5555_5555_4000, 0x5555_5575_4000), (0x7fff_c000_0000, 0x7fff_c010_0000), (library.start, library.end)],
+            Some(0x5555_5580_0000),
+            None,
+        );
+        // Of the two holes below within 2 GB, the lower one is larger by 1 GB than the other.
+        let holes = s.holes(&library, HUGE, 0, 9);
+        assert_eq!(holes[0], RunAddr(0x7fff_9000_0000));
+        assert!(s.is_free(&(holes[0].0..holes[0].0 + HUGE)));
     }
 
     #[test]

@@ -131,7 +131,7 @@ fn right_bytes_of_a_record_that_breaks_its_rules() {
 
     let mut plan = golden_plan();
     plan.modules[1].functions[0].blocks[1] = 0x90;
-    let e = envelope::open::<Plan>(&forge(Kind::Plan, 1, &envelope::encode(&plan).expect("encode")));
+    let e = envelope::open::<Plan>(&forge(Kind::Plan, Plan::VERSION, &envelope::encode(&plan).expect("encode")));
     assert!(matches!(e, Err(OpenError::Broken { .. })), "{e:?}");
 }
 
@@ -182,7 +182,7 @@ proptest! {
             let at = at.index(payload.len());
             payload[at] = byte;
         }
-        if let Ok(value) = envelope::open::<Plan>(&forge(Kind::Plan, 1, &payload)) {
+        if let Ok(value) = envelope::open::<Plan>(&forge(Kind::Plan, Plan::VERSION, &payload)) {
             prop_assert!(value.validate().is_ok());
         }
     }
