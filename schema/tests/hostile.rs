@@ -4,10 +4,13 @@
 mod common;
 
 use common::{forge, forge_parts, golden_plan, golden_profile};
-use dyni_schema::envelope::{self, HEADER_LEN, Kind, OpenError};
+use dyni_schema::envelope::{self, HEADER_LEN, Kind, OpenError, Record};
 use dyni_schema::{Plan, Profile};
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
+
+/// The version of plans that is written.
+const PLAN: u16 = <Plan as Record>::VERSION;
 
 fn sealed_profile() -> Vec<u8> {
     envelope::seal(&golden_profile()).expect("seal")
@@ -131,7 +134,7 @@ fn right_bytes_of_a_record_that_breaks_its_rules() {
 
     let mut plan = golden_plan();
     plan.modules[1].functions[0].blocks[1] = 0x90;
-    let e = envelope::open::<Plan>(&forge(Kind::Plan, Plan::VERSION, &envelope::encode(&plan).expect("encode")));
+    let e = envelope::open::<Plan>(&forge(Kind::Plan, PLAN, &envelope::encode(&plan).expect("encode")));
     assert!(matches!(e, Err(OpenError::Broken { .. })), "{e:?}");
 }
 
@@ -182,7 +185,7 @@ proptest! {
             let at = at.index(payload.len());
             payload[at] = byte;
         }
-        if let Ok(value) = envelope::open::<Plan>(&forge(Kind::Plan, Plan::VERSION, &payload)) {
+        if let Ok(value) = envelope::open::<Plan>(&forge(Kind::Plan, PLAN, &payload)) {
             prop_assert!(value.validate().is_ok());
         }
     }
