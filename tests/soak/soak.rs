@@ -92,7 +92,9 @@ impl Subject {
         let mut stock = self.stock.lock().expect("no panic here");
         let pid = stock.service.pid();
         if hard {
-            // The children first see that their parent is gone; a postmaster waits for them at its next start.
+            // The children first: they would hold the port or the shared memory that the next one needs. And the parent must
+            // not put others in their place meanwhile.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
             for process in descendants(pid).into_iter().chain([pid]) {
                 let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
             }
