@@ -36,11 +36,10 @@ pub struct Options {
     pub passes: PassSet,
     /// Functions are taken, hottest first, until they have this share of a module's samples, in parts per million.
     pub coverage_ppm: u32,
-    /// A module with less than this share of the samples is left as it is, in parts per million: what could be gained there
-    /// is not worth two megabytes.
+    /// A module with less than this share of the samples is left as it is, in parts per million. Calls to a module come
+    /// by the procedure linkage table of another and so to the original's entry, where a patch costs each of them a jump:
+    /// a library that is only called now and then has less to gain from a better layout than that.
     pub min_share_ppm: u32,
-    /// A module with less than this share is a library that is called now and then: see [`crate::passes::visits`].
-    pub major_share_ppm: u32,
     /// What goes into [`Plan::profile`].
     pub profile_hash: [u8; 32],
     /// Whether copies are registered with the unwinder. Without it functions that may be on the stack of a throw are
@@ -53,8 +52,7 @@ impl Default for Options {
         Self {
             passes: PassSet::ALL,
             coverage_ppm: 999_000,
-            min_share_ppm: 10_000,
-            major_share_ppm: 250_000,
+            min_share_ppm: 250_000,
             profile_hash: [0; 32],
             unwind_registered: true,
         }
@@ -82,8 +80,6 @@ pub enum Reason {
     /// It goes through jump tables more often than a better layout of it saves branches, and each time through the
     /// original, as tables are not cloned.
     Dispatch,
-    /// It belongs to a library, and is called from elsewhere more often than a better layout of it saves branches.
-    Visited,
     /// Its module belongs to a runtime that looks at return addresses or rewrites code.
     Module(&'static Runtime),
 }
@@ -101,7 +97,6 @@ impl Reason {
             Self::Entry(KeepOriginal::LandingPad) => "begins with an exception's landing pad",
             Self::Entry(KeepOriginal::Instruction) => "has an instruction in its first block that can't be copied",
             Self::Dispatch => "goes through jump tables more often than a better layout saves branches",
-            Self::Visited => "is called from outside its library more often than a better layout saves branches",
             Self::Module(runtime) => runtime.reason,
         }
     }
@@ -182,9 +177,7 @@ pub fn analyze(profile: &Profile, modules: &[Module<'_>], options: &Options) -> 
     (analysis.missing, analysis.minor) = (missing, minor);
     for (seen, module) in chosen {
         let evidence = Evidence::new(seen, profile.method);
-        let share = u128::from(weight_of(seen)) * 1_000_000;
-        let is_library = share < u128::from(total_of(profile)) * u128::from(options.major_share_ppm);
-        let (functions, refused, report) = analyze_module(module, &evidence, is_library, options);
+        let (functions, refused, report) = analyze_module(module, &evidence, options);
         analysis.refused.extend(refused);
         analysis.modules.push(report);
         if !functions.is_empty() {
@@ -242,7 +235,6 @@ fn weight_of(module: &ModuleProfile) -> u64 {
 fn analyze_module(
     module: &Module<'_>,
     evidence: &Evidence<'_>,
-    is_library: bool,
     options: &Options,
 ) -> (Vec<FunctionPlan>, Vec<Refused>, ModuleReport) {
     let seen = Seen::of(module.functions, evidence.profile(), evidence.is_counted());
@@ -270,7 +262,7 @@ fn analyze_module(
             Ok((layout, stats))
         })
         .collect();
-    let mut refused: Vec<Refused> = done.iter().filter_map(|d| d.as_ref().err().cloned()).collect();
+    let refused: Vec<Refused> = done.iter().filter_map(|d| d.as_ref().err().cloned()).collect();
     done.sort_by_key(|d| d.as_ref().map_or(LinkAddr(0), |(l, _)| l.function.start));
     let mut passes: Vec<PassStats> = Vec::new();
     let mut layouts = Vec::with_capacity(done.len());
@@ -282,18 +274,6 @@ fn analyze_module(
             }
         }
         layouts.push(layout);
-    }
-    if is_library && options.passes.has(Pass::Visits) {
-        let (worth, stats) = passes::visits::run(&layouts);
-        passes.push(stats);
-        let mut worth = worth.into_iter();
-        layouts.retain(|l| {
-            let keeps = worth.next().unwrap_or(true);
-            if !keeps {
-                refused.push(refuse(l.function.start, Reason::Visited, l.weight));
-            }
-            keeps
-        });
     }
     yardstick::choose(module.image, &mut layouts);
     let mut order: Vec<u32> = (0..layouts.len() as u32).collect();
@@ -346,7 +326,7 @@ pub(crate) fn lay_out(
                 (true, stats) => stats,
                 (false, _) => return Err(Reason::Dispatch),
             },
-            Pass::Visits | Pass::CdSort => continue,
+            Pass::CdSort => continue,
         });
     }
     Ok((layout, stats))

@@ -10,7 +10,7 @@ fn the_text_reads_like_this() {
     let expected = "\
 work in tiny
   0x1000, 20 bytes, 910 samples
-  passes infer,split,exttsp,entries,plt,tables,promote,dispatch,visits,cdsort
+  passes infer,split,exttsp,entries,plt,tables,promote,dispatch,cdsort
   infer: 910 samples in blocks, 0 samples outside blocks, 2 unseen blocks that must have run, 0 functions not solved to the optimum
   split: 4 hot blocks, 16 bytes in front, 0 of them without evidence, 4 cold bytes
   exttsp: 0 blocks moved, 168 fall-throughs before, 168 after, 0 score gained

@@ -10,7 +10,6 @@
 //! | [`tables`] | one function: which jump tables are cloned | BOLT's jump tables, in ours without moving the old |
 //! | [`promote`] | one function: which calls through pointers are compared with their usual target | BOLT's ICP |
 //! | [`dispatch`] | one function: whether it is worth a copy | ours |
-//! | [`visits`] | one library: which of its functions are worth a copy | ours |
 //! | [`cdsort`] | one module: the order of its functions | LLVM's CDSort, see [`crate::cdsort`] |
 //!
 //! Each can be left out by name; the next ones then work on what is there.
@@ -25,7 +24,6 @@ pub mod plt;
 pub mod promote;
 pub mod split;
 pub mod tables;
-pub mod visits;
 
 pub use blocks::{BlockInfo, Edge, FunctionLayout};
 
@@ -50,15 +48,13 @@ pub enum Pass {
     Promote,
     /// Choice of functions.
     Dispatch,
-    /// Choice of functions of libraries.
-    Visits,
     /// Function ordering.
     CdSort,
 }
 
 impl Pass {
     /// Every pass in the order in which they run.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 9] = [
         Self::Infer,
         Self::Split,
         Self::ExtTsp,
@@ -67,7 +63,6 @@ impl Pass {
         Self::Tables,
         Self::Promote,
         Self::Dispatch,
-        Self::Visits,
         Self::CdSort,
     ];
 
@@ -83,7 +78,6 @@ impl Pass {
             Self::Tables => "tables",
             Self::Promote => "promote",
             Self::Dispatch => "dispatch",
-            Self::Visits => "visits",
             Self::CdSort => "cdsort",
         }
     }
@@ -102,7 +96,7 @@ impl Default for PassSet {
 /// A word in a pass list that is no pass.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "there is no pass \"{0}\"; the passes are infer, split, exttsp, entries, plt, tables, promote, dispatch, visits and cdsort"
+    "there is no pass \"{0}\"; the passes are infer, split, exttsp, entries, plt, tables, promote, dispatch and cdsort"
 )]
 pub struct UnknownPass(pub String);
 
