@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use dyni_analyzer::yardstick;
 use dyni_applier::{Applier, ApplyError, Choice, CounterReader, ModuleStatus, Swap, Tally};
 use dyni_collector::{Group, Target, cpu_time};
+use dyni_schema::envelope::BlobId;
 use dyni_schema::{BuildId, FunctionPlan, LinkAddr, ModulePlan};
 
 use crate::apply::apply_group_with;
@@ -118,8 +119,7 @@ fn compare(
 
 /// Whether copies of another plan than this one are in force in a process.
 fn holds_another(member: &Target, stored: &StoredPlan) -> bool {
-    let hex = |plan: &[u8; 32]| plan.iter().map(|b| format!("{b:02x}")).collect::<String>();
-    let another = |m: &ModuleStatus| m.in_force > 0 && hex(&m.plan) != stored.id;
+    let another = |m: &ModuleStatus| m.in_force > 0 && BlobId(m.plan).hex() != stored.id;
     dyni_applier::status(member.pid).is_ok_and(|s| s.modules.iter().any(another))
 }
 

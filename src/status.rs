@@ -3,6 +3,7 @@
 
 use dyni_applier::{ModuleStatus, State, Status};
 use dyni_collector::{Group, Target};
+use dyni_schema::envelope::BlobId;
 use serde::Serialize;
 
 use crate::cli::StatusArgs;
@@ -177,7 +178,7 @@ impl ModuleReport {
             name: m.name.clone(),
             build_id: m.build_id.clone(),
             state: StateWord(m.state),
-            plan: m.plan.iter().map(|b| format!("{b:02x}")).collect(),
+            plan: BlobId(m.plan).hex(),
             functions: m.functions,
             patches: m.patches,
             patches_in_force: m.in_force,
