@@ -15,7 +15,6 @@ use crate::shortcuts::Stub;
 use crate::unwind::unwinder::{NoUnwinder, Unwinders};
 use crate::unwind::{self, UnwindRefusal};
 use crate::written;
-use dyni_analyzer::calls;
 use dyni_analyzer::cfg::{self, Block, Cfg, GiveUp, Terminator};
 use dyni_analyzer::functions::{Functions, function_hash};
 use dyni_analyzer::image::Image;
@@ -25,6 +24,7 @@ use dyni_analyzer::table_loads;
 use dyni_analyzer::targets::TargetIndex;
 use dyni_collector::maps::{self, MappedModule};
 use dyni_schema::{BuildId, CacheAddr, FunctionPlan, LinkAddr, ModulePlan, Plan, PlanKind, RunAddr};
+use iced_x86::{Decoder, DecoderOptions, FlowControl};
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
@@ -221,9 +221,13 @@ fn read_function<'p>(
         }
     }
     let mut cfg = cfg::build(image, functions, targets, function).map_err(GiveUp::text)?;
-    let sites = if plan.calls.is_empty() { Vec::new() } else { calls::sites(&cfg, &code) };
-    for site in sites.iter().filter(|s| !s.is_jump && plan.promotes(s.at)) {
-        cfg.part(site.at.plus(u64::from(site.len)), site.at);
+    // Whether these are calls that may be promoted, lowering finds out.
+    for call in plan.calls.iter().filter(|c| c.callee != 0) {
+        let at = start.plus(u64::from(call.at));
+        let i = Decoder::with_ip(64, &code[call.at as usize..], at.0, DecoderOptions::NONE).decode();
+        if i.flow_control() == FlowControl::IndirectCall {
+            cfg.part(LinkAddr(i.next_ip()), at);
+        }
     }
     let stubs = if passes.stubs { Stub::all(image, &cfg, &code) } else { Vec::new() };
     let table_loads = if passes.tables { table_loads::all(image, &cfg) } else { Vec::new() };

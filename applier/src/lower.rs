@@ -186,15 +186,15 @@ pub fn lower(
     counters_at: LinkAddr,
 ) -> (Emission, Vec<(usize, Unlowered)>) {
     let mut refused = Vec::new();
-    let mut chosen: Vec<usize> = Vec::new();
+    let mut chosen: Vec<(usize, Admitted<'_>)> = Vec::new();
     for (index, source) in sources.iter().enumerate() {
-        match admissible(source, cache, room) {
-            Ok(()) => chosen.push(index),
+        match admit(source, cache, room) {
+            Ok(admitted) => chosen.push((index, admitted)),
             Err(reason) => refused.push((index, reason)),
         }
     }
     loop {
-        let taken: Vec<&Source<'_>> = chosen.iter().map(|&i| &sources[i]).collect();
+        let taken: Vec<&Admitted<'_>> = chosen.iter().map(|(_, admitted)| admitted).collect();
         let emission = emit(&taken, cache, room, counters_at);
         if emission.code.len() as u64 <= room {
             refused.sort_unstable();
@@ -203,7 +203,7 @@ pub fn lower(
         // Too much: the coldest functions go, as many as make up for the excess and a little.
         let mut excess = emission.code.len() as u64 - room;
         excess += excess / 16;
-        let mut by_weight = chosen.clone();
+        let mut by_weight: Vec<usize> = chosen.iter().map(|c| c.0).collect();
         by_weight.sort_by_key(|&i| (sources[i].plan.weight, i));
         let mut dropped = Vec::new();
         for index in by_weight {
@@ -213,7 +213,7 @@ pub fn lower(
                 break;
             }
         }
-        chosen.retain(|i| !dropped.contains(i));
+        chosen.retain(|(i, _)| !dropped.contains(i));
         refused.extend(dropped.into_iter().map(|i| (i, Unlowered::NoRoom)));
     }
 }
@@ -237,8 +237,7 @@ fn order(source: &Source<'_>) -> Result<(Vec<usize>, usize), Unlowered> {
 }
 
 /// Where the counters of a function are raised: for each block with a probe, in the plan's order, its index and place.
-fn probe_places(source: &Source<'_>) -> Result<Vec<(usize, Place)>, Unlowered> {
-    let (copied, _) = order(source)?;
+fn probe_places(source: &Source<'_>, copied: &[usize]) -> Result<Vec<(usize, Place)>, Unlowered> {
     let place_of = |&offset: &u32| {
         let index = source.cfg.block_at(source.cfg.start.plus(u64::from(offset)))?;
         let block = &source.cfg.blocks[index];
@@ -270,10 +269,23 @@ fn instructions<'a>(source: &'a Source<'_>, block: &Block) -> Decoder<'a> {
     Decoder::with_ip(64, &source.code[from..to], block.start.0, DecoderOptions::NONE)
 }
 
+/// A function that can be emitted.
+struct Admitted<'s> {
+    source: &'s Source<'s>,
+    /// The blocks that are copied, in order.
+    blocks: Vec<usize>,
+    /// How many of them are hot.
+    hot: usize,
+    /// Where counters are raised.
+    places: Vec<(usize, Place)>,
+    /// The calls of the plan.
+    sites: Vec<Site>,
+}
+
 /// Checks all that could fail later, so that emission can't.
-fn admissible(source: &Source<'_>, cache: LinkAddr, room: u64) -> Result<(), Unlowered> {
-    let (blocks, _) = order(source)?;
-    probe_places(source)?;
+fn admit<'s>(source: &'s Source<'s>, cache: LinkAddr, room: u64) -> Result<Admitted<'s>, Unlowered> {
+    let (blocks, hot) = order(source)?;
+    let places = probe_places(source, &blocks)?;
     let sites = call_sites(source)?;
     let copied = |site: &Site| blocks.contains(&site.block);
     if !sites.iter().all(copied) {
@@ -284,7 +296,7 @@ fn admissible(source: &Source<'_>, cache: LinkAddr, room: u64) -> Result<(), Unl
     if !callees.chain(slots).all(|address| in_reach(cache, room, LinkAddr(address))) {
         return Err(Unlowered::OutOfReach);
     }
-    for index in blocks {
+    for &index in &blocks {
         let block = &source.cfg.blocks[index];
         let reach = |address: u64| {
             if in_reach(cache, room, LinkAddr(address)) { Ok(()) } else { Err(Unlowered::OutOfReach) }
@@ -313,7 +325,7 @@ fn admissible(source: &Source<'_>, cache: LinkAddr, room: u64) -> Result<(), Unl
             }
         }
     }
-    Ok(())
+    Ok(Admitted { source, blocks, hot, places, sites })
 }
 
 /// What a piece is made from: a block of a function, or a promoted call in it as it is.
@@ -325,20 +337,19 @@ enum Item {
 
 /// The promoted calls of the functions, by function: those whose callee is copied too, and reads nothing that the
 /// comparison changes.
-fn promoted(sources: &[&Source<'_>]) -> Vec<Vec<(Site, LinkAddr)>> {
-    let by_start: HashMap<LinkAddr, &Source<'_>> = sources.iter().map(|s| (s.cfg.start, *s)).collect();
+fn promoted(admitted: &[&Admitted<'_>]) -> Vec<Vec<(Site, LinkAddr)>> {
+    let by_start: HashMap<LinkAddr, &Source<'_>> = admitted.iter().map(|a| (a.source.cfg.start, a.source)).collect();
     let mut takes: HashMap<LinkAddr, bool> = HashMap::new();
     let mut takes = |callee: LinkAddr| {
         *takes
             .entry(callee)
             .or_insert_with(|| by_start.get(&callee).is_some_and(|s| !calls::reads_scratch_at_entry(&s.cfg, &s.code)))
     };
-    let mut of = |source: &Source<'_>| {
-        let sites = call_sites(source).expect("it was found admissible");
-        let promoted = sites.into_iter().zip(&source.plan.calls).map(|(site, call)| (site, LinkAddr(call.callee)));
+    let mut of = |a: &Admitted<'_>| {
+        let promoted = a.sites.iter().zip(&a.source.plan.calls).map(|(site, call)| (*site, LinkAddr(call.callee)));
         promoted.filter(|(_, callee)| callee.0 != 0 && takes(*callee)).collect()
     };
-    sources.iter().map(|s| of(s)).collect()
+    admitted.iter().map(|a| of(a)).collect()
 }
 
 /// What the blocks of these functions are to go past.
@@ -352,17 +363,15 @@ fn shortcuts(sources: &[&Source<'_>], promoted: &[Vec<(Site, LinkAddr)>], tables
 }
 
 /// The counters of these functions, and where they are raised, by block.
-fn counters(sources: &[&Source<'_>], at: LinkAddr) -> (CounterMap, HashMap<LinkAddr, Place>) {
-    let places = sources.iter().flat_map(|s| {
-        let places = probe_places(s).expect("it was found admissible");
-        places.into_iter().map(|(block, place)| (s.cfg.blocks[block].start, place))
-    });
+fn counters(admitted: &[&Admitted<'_>], at: LinkAddr) -> (CounterMap, HashMap<LinkAddr, Place>) {
+    let places =
+        admitted.iter().flat_map(|a| a.places.iter().map(|&(block, place)| (a.source.cfg.blocks[block].start, place)));
     let places: HashMap<LinkAddr, Place> = places.collect();
-    let recorded = |s: &&Source<'_>| {
-        let calls = s.plan.calls.iter().filter(|c| c.callee == 0);
-        calls.map(|c| s.cfg.start.plus(u64::from(c.at))).collect::<Vec<_>>()
+    let recorded = |a: &&Admitted<'_>| {
+        let calls = a.sites.iter().zip(&a.source.plan.calls).filter(|(_, c)| c.callee == 0);
+        calls.map(|(site, _)| site.at).collect::<Vec<_>>()
     };
-    let sites = sources.iter().flat_map(recorded);
+    let sites = admitted.iter().flat_map(recorded);
     let mut counters = CounterMap { at, blocks: places.keys().copied().collect(), sites: sites.collect() };
     counters.blocks.sort_unstable();
     counters.sites.sort_unstable();
@@ -370,14 +379,15 @@ fn counters(sources: &[&Source<'_>], at: LinkAddr) -> (CounterMap, HashMap<LinkA
 }
 
 /// Emits functions that were all found admissible.
-fn emit(sources: &[&Source<'_>], cache: LinkAddr, room: u64, counters_at: LinkAddr) -> Emission {
-    let orders: Vec<_> = sources.iter().map(|s| order(s).expect("it was found admissible")).collect();
-    let promoted = promoted(sources);
+fn emit(admitted: &[&Admitted<'_>], cache: LinkAddr, room: u64, counters_at: LinkAddr) -> Emission {
+    let sources: Vec<&Source<'_>> = admitted.iter().map(|a| a.source).collect();
+    let promoted = promoted(admitted);
     // Parts in layout order: hot ones, then cold ones.
-    let part = |f: usize, range: Range<usize>| orders[f].0[range].iter().map(move |&b| Item::Block(f, b)).collect();
-    let hot = (0..sources.len()).map(|f| part(f, 0..orders[f].1));
+    let part =
+        |f: usize, range: Range<usize>| admitted[f].blocks[range].iter().map(move |&b| Item::Block(f, b)).collect();
+    let hot = (0..sources.len()).map(|f| part(f, 0..admitted[f].hot));
     let cold = (0..sources.len()).map(|f| {
-        let mut cold: Vec<Item> = part(f, orders[f].1..orders[f].0.len());
+        let mut cold: Vec<Item> = part(f, admitted[f].hot..admitted[f].blocks.len());
         cold.extend(promoted[f].iter().map(|(site, _)| Item::Plain(f, *site)));
         cold
     });
@@ -391,10 +401,10 @@ fn emit(sources: &[&Source<'_>], cache: LinkAddr, room: u64, counters_at: LinkAd
             Item::Plain(_, site) => plain.insert(site.at, id as u32),
         };
     }
-    let copied = (0..sources.len()).flat_map(|f| orders[f].0.iter().map(move |&b| (f, b)));
-    let tables = Tables::of(sources, copied, &(cache..cache.plus(room)));
-    let mut shortcuts = shortcuts(sources, &promoted, &tables);
-    let (counters, places) = counters(sources, counters_at);
+    let copied = (0..sources.len()).flat_map(|f| admitted[f].blocks.iter().map(move |&b| (f, b)));
+    let tables = Tables::of(&sources, copied, &(cache..cache.plus(room)));
+    let mut shortcuts = shortcuts(&sources, &promoted, &tables);
+    let (counters, places) = counters(admitted, counters_at);
     let around = Around { blocks: &blocks, plain: &plain, places: &places, counters: &counters, shortcuts: &shortcuts };
     let mut escapes = Vec::new();
     let mut pieces: Vec<Piece> = Vec::with_capacity(blocks.len());

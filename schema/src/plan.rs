@@ -95,13 +95,6 @@ impl FunctionPlan {
         LinkAddr(self.start)
     }
 
-    /// Whether the call at a link address is to be promoted.
-    #[must_use]
-    pub fn promotes(&self, at: LinkAddr) -> bool {
-        let of = |c: &CallSite| self.start.wrapping_add(u64::from(c.at));
-        self.calls.binary_search_by_key(&at.0, of).is_ok_and(|i| self.calls[i].callee != 0)
-    }
-
     fn validate(&self, n: &str) -> Result<(), Invalid> {
         check(self.blocks.first() == Some(&0), "the first block is not the entry", n)?;
         check(self.blocks.len() <= MAX_BLOCKS, "too many blocks", n)?;
