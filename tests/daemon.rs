@@ -105,7 +105,7 @@ fn the_life_of_a_program() {
 
     place.run(&["redo", "-p", &name]).expect_done();
     place.until_state(pid, &["profiling", "dynimizing"]);
-    place.until_dynimized(pid);
+    place.until_decided(pid);
     daemon.stop();
     run(Command::new(BINARY).args(["undo", "--direct", "-p", &pid.to_string()])).expect_done();
     text.assert_pristine(pid, "after the last undo");
@@ -384,7 +384,7 @@ fn a_program_in_other_namespaces() {
         inner = descendants(child.pid()).into_iter().next().unwrap_or(0);
         inner != 0 && !place.program(inner).is_null()
     });
-    place.until_dynimized(inner);
+    place.until_decided(inner);
     place.run(&["undo", "-p", &name]).expect_done();
     assert_eq!(place.ledger(inner), "undynimized");
     daemon.stop();

@@ -121,14 +121,24 @@ impl Place {
         now
     }
 
-    /// Waits until a program is dynimized. That it does not pay may be measured on a busy machine: then it is done anew.
+    /// Waits until the daemon has decided on a program: whether it stays dynimized. It does not where it did not pay, and
+    /// that is the machine's to say; any other reason is a failure.
+    pub fn until_decided(&self, pid: i32) -> bool {
+        if self.until_state(pid, &["dynimized", "undynimized"]) == "dynimized" {
+            return true;
+        }
+        let reason = self.program(pid)["reason"].as_str().unwrap_or_default().to_owned();
+        assert!(reason.contains("did not pay"), "{reason}\n{}", self.log());
+        false
+    }
+
+    /// Waits until a program is dynimized that is known to pay. That it does not may be measured on a busy machine: then
+    /// it is done anew.
     pub fn until_dynimized(&self, pid: i32) {
         for _ in 0..6 {
-            if self.until_state(pid, &["dynimized", "undynimized"]) == "dynimized" {
+            if self.until_decided(pid) {
                 return;
             }
-            let reason = self.program(pid)["reason"].as_str().unwrap_or_default().to_owned();
-            assert!(reason.contains("did not pay"), "{reason}\n{}", self.log());
             self.run(&["redo", "-p", &pid.to_string()]).expect_done();
             self.until_state(pid, &["profiling", "dynimizing", "dynimized"]);
         }
