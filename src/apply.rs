@@ -5,9 +5,10 @@ use dyni_collector::Group;
 use dyni_schema::Plan;
 use serde::Serialize;
 
-use crate::cli::ApplyArgs;
+use crate::cli::{ApplyArgs, OnlyArg};
 use crate::duration::human_ns;
 use crate::errors::Failure;
+use crate::huge_text;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 use crate::store::{Store, StoredPlan};
 use crate::symbols::write_perf_maps;
@@ -81,6 +82,9 @@ pub struct ModuleReport {
 /// # Errors
 /// There is no such plan, or it can't be applied; the program is then as it was.
 pub fn run(args: &ApplyArgs, store: &Store, out: Output) -> Result<(), Failure> {
+    if args.only == Some(OnlyArg::HugeText) {
+        return huge_text::run(args, store, out);
+    }
     let mut group = find(&args.pid)?;
     let stored = store.plan(args.plan.as_deref(), &group.root)?;
     let fuel = args.fuel.map(|n| usize::try_from(n).unwrap_or(usize::MAX));

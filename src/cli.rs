@@ -171,9 +171,19 @@ pub struct ApplyArgs {
     /// Do everything but change the process
     #[arg(long)]
     pub dry_run: bool,
+    /// Do this and nothing else
+    #[arg(long, value_enum, conflicts_with = "dry_run")]
+    pub only: Option<OnlyArg>,
     /// Apply the plan's first N functions only, to find by halving the one that is at fault
     #[arg(long, value_name = "N", hide = true)]
     pub fuel: Option<u64>,
+}
+
+/// What `dyni apply --only` does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnlyArg {
+    /// Move the program's own code to huge pages: what the plan's functions lie in, or all of it without a plan
+    HugeText,
 }
 
 /// `dyni optimize`

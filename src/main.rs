@@ -19,6 +19,7 @@ mod dynimize;
 mod errors;
 mod examine;
 mod gain;
+mod huge_text;
 mod interrupt;
 mod manual;
 mod modules;

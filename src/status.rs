@@ -11,6 +11,7 @@ use crate::daemon::protocol::{Contact, DaemonStatus, ProgramStatus, State as Fol
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::gain::Ratio;
+use crate::huge_text::{self, HugeText};
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 use crate::targets::{Refused, StateWord, combined, find, has_ended, root_first, state_line};
 
@@ -34,6 +35,8 @@ struct ProcessReport {
     root: i32,
     state: StateWord,
     modules: Vec<ModuleReport>,
+    /// Its own code that lies on huge pages.
+    huge_text: Vec<HugeText>,
     /// How long all threads were stopped when the newest generation was applied.
     stop_ns: u64,
     threads: u64,
@@ -141,7 +144,7 @@ pub fn dynimized() -> Result<Found, Failure> {
                 continue;
             }
         };
-        if status.modules.is_empty() && status.damaged.is_empty() {
+        if status.modules.is_empty() && status.huge_text.is_empty() && status.damaged.is_empty() {
             continue;
         }
         let known = found.groups.iter_mut().find(|(group, _)| group.member(pid).is_some());
@@ -167,6 +170,7 @@ impl ProcessReport {
             stop_ns: newest.map_or(0, |m| m.stop.as_nanos() as u64),
             threads: newest.map_or(0, |m| m.threads),
             modules: status.modules.iter().map(ModuleReport::new).collect(),
+            huge_text: status.huge_text.iter().map(HugeText::from).collect(),
             damaged: status.damaged.clone(),
         }
     }
@@ -288,6 +292,7 @@ fn group_text(group: &[&ProcessReport], verbose: bool, paint: Paint, text: &mut 
         if let Some(gain) = dynimized.filter_map(|m| m.gain).next_back() {
             text.push_str(&format!("  gain {gain}\n"));
         }
+        text.push_str(&huge_text::line(&process.huge_text));
         if verbose {
             for m in process.modules.iter() {
                 for refused in &m.refused {
@@ -317,6 +322,7 @@ mod tests {
             root,
             state: StateWord(state),
             modules: Vec::new(),
+            huge_text: Vec::new(),
             stop_ns: 0,
             threads: 0,
             damaged: Vec::new(),

@@ -11,7 +11,7 @@ use crate::daemon::control;
 use crate::daemon::protocol::Contact;
 use crate::duration::human_ns;
 use crate::errors::Failure;
-use crate::output::{Output, Paint, Report, plural};
+use crate::output::{Output, Paint, Report, human_bytes, plural};
 use crate::status::dynimized;
 use crate::targets::{ROUNDS, StateWord, born, find, has_ended, root_first, state_line};
 
@@ -31,6 +31,8 @@ struct ProcessReport {
     state: StateWord,
     modules: Vec<String>,
     patches: usize,
+    /// Text that lay on huge pages and is the file's own again.
+    text_bytes: u64,
     stop_ns: u64,
     threads_moved: usize,
     damaged: Vec<String>,
@@ -110,6 +112,10 @@ impl UndoReport {
                 human_ns(stop.as_nanos() as u64)
             ));
         }
+        let text: u64 = undone.iter().map(|u| u.text_bytes).sum();
+        if text > 0 {
+            self.lines.push(format!("  {} of text are the file's own again", human_bytes(text)));
+        }
         for one in undone {
             self.lines.extend(one.damaged.iter().map(|line| format!("  pid {}: {line}", one.pid)));
             self.processes.push(ProcessReport {
@@ -118,6 +124,7 @@ impl UndoReport {
                 state: StateWord(State::Undynimized),
                 modules: one.modules.clone(),
                 patches: one.patches,
+                text_bytes: one.text_bytes,
                 stop_ns: one.stop.as_nanos() as u64,
                 threads_moved: one.moved,
                 damaged: one.damaged.clone(),

@@ -41,6 +41,19 @@ pub const FAILPOINTS: &[&str] = &[
     "undo:resumed",
 ];
 
+/// Those that text on its way to huge pages and back passes, besides the steps of remote calls.
+pub const TEXT_FAILPOINTS: &[&str] = &[
+    "text:recorded",
+    "text:copy-mapped",
+    "text:copy-written",
+    "text:parked",
+    "text:parked-read-only",
+    "text:moved",
+    "text:done",
+    "text:parked-executable",
+    "text:put-back",
+];
+
 struct Armed {
     name: String,
     kill_target: bool,
@@ -54,9 +67,9 @@ static ARMED: LazyLock<Option<Armed>> = LazyLock::new(|| {
     })
 });
 
-/// Passes the step called `name`, which must be one of [`FAILPOINTS`], while working on process `pid`.
+/// Passes the step called `name`, which must be one of [`FAILPOINTS`] or [`TEXT_FAILPOINTS`], while working on process `pid`.
 pub(crate) fn pass(name: &str, pid: i32) {
-    debug_assert!(FAILPOINTS.contains(&name), "{name} is not in the list");
+    debug_assert!(FAILPOINTS.contains(&name) || TEXT_FAILPOINTS.contains(&name), "{name} is not in the list");
     let Some(armed) = ARMED.as_ref().filter(|a| a.name == name) else { return };
     let victim = if armed.kill_target { pid } else { std::process::id() as i32 };
     // SAFETY: kill takes two integers and touches no memory of ours.

@@ -9,6 +9,7 @@
 //! - [`ledger`]: what was done, kept in the target;
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
 //! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls;
+//! - [`apply_huge_text`]: original code on huge pages;
 //! - [`symbols`]: what debuggers and profilers have to be told of the copies.
 
 mod apply;
@@ -20,6 +21,7 @@ mod failpoint;
 mod gain;
 mod generation;
 mod huge;
+mod huge_text;
 mod install;
 pub mod ledger;
 mod lock;
@@ -42,8 +44,9 @@ pub use apply::{Applier, Prepared};
 pub use counts::{CounterReader, Counters, Tally, counters};
 pub use enter::Choice;
 pub use error::ApplyError;
-pub use failpoint::FAILPOINTS;
+pub use failpoint::{FAILPOINTS, TEXT_FAILPOINTS};
 pub use gain::Gain;
+pub use huge_text::{HugeTextApplied, HugeTextStatus, apply_huge_text};
 pub use install::{Applied, AppliedModule};
 pub use resolve::Resolver;
 pub use status::{ModuleStatus, State, Status, status};

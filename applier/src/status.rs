@@ -2,6 +2,7 @@
 
 use crate::error::ApplyError;
 use crate::gain::Gain;
+use crate::huge_text::{self, HugeTextStatus};
 use crate::ledger::{self, Entry};
 use crate::remote::Memory;
 use dyni_collector::maps;
@@ -79,6 +80,8 @@ pub struct Status {
     pub state: State,
     /// Its generations, oldest first.
     pub modules: Vec<ModuleStatus>,
+    /// Its text on huge pages, by module.
+    pub huge_text: Vec<HugeTextStatus>,
     /// Ledgers that could not be read, a line each.
     pub damaged: Vec<String>,
 }
@@ -106,7 +109,8 @@ fn read(pid: i32) -> Result<Status, ApplyError> {
     } else {
         State::Undynimized
     };
-    Ok(Status { pid, state, modules, damaged })
+    let huge_text = huge_text::in_force(&maps, &memory);
+    Ok(Status { pid, state, modules, huge_text, damaged })
 }
 
 fn of_entry(entry: &Entry, memory: &Memory) -> ModuleStatus {

@@ -8,8 +8,8 @@ use crate::lock::Lock;
 use crate::patch::{self, Edit};
 use crate::remote::{Caller, Memory, RemoteError, Stopped, in_own_thread};
 use crate::resolve::original_of;
-use crate::room;
-use dyni_collector::maps;
+use crate::{huge_text, room};
+use dyni_collector::maps::{self, Mapping};
 use dyni_schema::RunAddr;
 use std::time::Duration;
 
@@ -26,6 +26,8 @@ pub struct Undone {
     pub stop: Duration,
     /// How many threads were moved from a copy back to the original on the spot.
     pub moved: usize,
+    /// How much text lay on huge pages and is the file's own again, bytes.
+    pub text_bytes: u64,
     /// Ledgers that could not be read, a line each.
     pub damaged: Vec<String>,
 }
@@ -44,19 +46,35 @@ fn undo_here(pid: i32) -> Result<Undone, ApplyError> {
     let memory = Memory::open(pid)?;
     let maps = maps::mappings(pid)?;
     let (mut entries, damaged) = ledger::find(pid, &maps, &memory);
-    let mut done = Undone { pid, modules: Vec::new(), patches: 0, stop: Duration::ZERO, moved: 0, damaged };
+    let mut done =
+        Undone { pid, modules: Vec::new(), patches: 0, stop: Duration::ZERO, moved: 0, text_bytes: 0, damaged };
     forget_unused(pid, &memory, &mut entries);
+    take_out(pid, &memory, &maps, &mut entries, &mut done)?;
+    // Patches first: what is put back is the file's own text, without any.
+    let (bytes, left) = huge_text::undo(pid, &memory)?;
+    done.text_bytes = bytes;
+    done.damaged.extend(left);
+    Ok(done)
+}
 
+/// Takes every patch out, in one stop if there is any.
+fn take_out(
+    pid: i32,
+    memory: &Memory,
+    maps: &[Mapping],
+    entries: &mut [Entry],
+    done: &mut Undone,
+) -> Result<(), ApplyError> {
     let mut edits: Vec<Edit> = Vec::new();
-    for entry in &entries {
-        if entry.in_force(&memory) > 0 {
+    for entry in &*entries {
+        if entry.in_force(memory) > 0 {
             done.modules.push(entry.ledger.module.clone());
             edits.extend(taking_out(entry));
         }
     }
-    let leftovers = room::has_leftovers(pid, &memory);
+    let leftovers = room::has_leftovers(pid, memory);
     if edits.is_empty() && !leftovers {
-        return Ok(done);
+        return Ok(());
     }
     edits.sort_by_key(|e| e.at);
     let mut stopped = Stopped::all(pid, STOP_PATIENCE)?;
@@ -67,19 +85,19 @@ fn undo_here(pid: i32) -> Result<Undone, ApplyError> {
         return Err(ApplyError::Changed(pid));
     }
     if leftovers {
-        room::clean(&stopped, &memory, &maps)?;
+        room::clean(&stopped, memory, maps)?;
     }
-    done.patches = patch::write(&stopped, &memory, &edits, "undo:half-restored")?.iter().filter(|d| **d).count();
+    done.patches = patch::write(&stopped, memory, &edits, "undo:half-restored")?.iter().filter(|d| **d).count();
     failpoint::pass("undo:restored", pid);
-    done.moved = move_out(&mut stopped, &memory, entries.iter())?;
+    done.moved = move_out(&mut stopped, memory, entries.iter())?;
     failpoint::pass("undo:threads-moved", pid);
-    for entry in &mut entries {
+    for entry in entries {
         let journal = Journal { applied: 0, ..entry.journal };
-        entry.write_journal(&memory, journal)?;
+        entry.write_journal(memory, journal)?;
     }
     done.stop = stopped.resume();
     failpoint::pass("undo:resumed", pid);
-    Ok(done)
+    Ok(())
 }
 
 /// The edits that take a generation's patches out.

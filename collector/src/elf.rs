@@ -79,7 +79,8 @@ pub struct ElfFacts {
 
 impl ElfFacts {
     /// The load bias (bytes, wrapping) of a mapping that shows the file's byte `offset` at run address `start`; `None` if
-    /// no segment has that byte. `executable` prefers such a segment: in small files two may share a page.
+    /// no segment has that byte. `executable` prefers such a segment: in small files two may share a page. A mapping that
+    /// is not executable and shows text is not where that was loaded to: text that gave way to huge pages is kept aside so.
     #[must_use]
     pub fn bias(&self, start: u64, offset: u64, executable: bool) -> Option<u64> {
         let shows = |s: &&Segment| {
@@ -88,7 +89,7 @@ impl ElfFacts {
             (first..end).contains(&offset)
         };
         let segment = self.segments.iter().filter(|s| s.executable == executable).find(shows);
-        let segment = segment.or_else(|| self.segments.iter().find(shows))?;
+        let segment = segment.or_else(|| self.segments.iter().filter(|s| executable || !s.executable).find(shows))?;
         let vaddr = segment.vaddr.wrapping_add(offset.wrapping_sub(segment.offset));
         Some(start.wrapping_sub(vaddr))
     }
@@ -303,6 +304,7 @@ mod tests {
         let facts = facts_by_note(&reader(&file)).unwrap();
         assert_eq!(facts.build_id, BuildId(vec![7; 20]));
         assert_eq!(facts.bias(0x55_0000_2000, 0x2000, true), Some(0x55_0000_2000 - 0x40_2000));
+        assert_eq!(facts.bias(0x55_0000_2000, 0x2000, false), None);
         assert_eq!(facts.bias(0x55_0000_2000, 0x9000, true), None);
         assert!(facts.text().eq(std::iter::once(0x40_2000..0x40_3000)));
     }

@@ -69,11 +69,13 @@ pub enum Kind {
     Plan = 3,
     /// What was done to a process, kept in that process. The type is the applier's.
     Ledger = 4,
+    /// Which text of a process lies in huge pages, kept in that process. The type is the applier's.
+    HugeText = 5,
 }
 
 impl Kind {
     /// Every kind, by its number.
-    pub const ALL: [Self; 4] = [Self::Profile, Self::WorkingSet, Self::Plan, Self::Ledger];
+    pub const ALL: [Self; 5] = [Self::Profile, Self::WorkingSet, Self::Plan, Self::Ledger, Self::HugeText];
 
     /// The number in the header.
     #[must_use]
@@ -95,6 +97,7 @@ impl Kind {
             Self::WorkingSet => "working set",
             Self::Plan => "plan",
             Self::Ledger => "ledger",
+            Self::HugeText => "huge text",
         }
     }
 
@@ -105,6 +108,7 @@ impl Kind {
             Self::Profile => 256 << 20,
             Self::WorkingSet | Self::Plan => 64 << 20,
             Self::Ledger => 16 << 20,
+            Self::HugeText => 64 << 10,
         }
     }
 
