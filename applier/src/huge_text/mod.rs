@@ -164,6 +164,9 @@ fn move_region(pid: i32, module: &maps::MappedModule, region: &Region, memory: &
     match taken {
         Ok(()) => {
             moved.write_step(memory, record::MOVED)?;
+            // A move may leave a huge page in pieces, where a page table of the old mapping was still there.
+            let huge_bytes = huge::collapse(pid, &caller, start, size)?;
+            moved.write_huge_bytes(memory, huge_bytes)?;
             failpoint::pass("text:done", pid);
             Ok(())
         }
@@ -189,11 +192,9 @@ fn make_copy(pid: i32, memory: &Memory, caller: &Caller<'_>, moved: &mut Moved, 
     failpoint::pass("text:copy-mapped", pid);
     memory.write(copy, bytes)?;
     failpoint::pass("text:copy-written", pid);
-    let huge_bytes = huge::collapse(pid, caller, copy, size)?;
-    if huge_bytes == 0 {
+    if huge::collapse(pid, caller, copy, size)? == 0 {
         return Err(MoveError::Refused("the kernel gives no huge pages"));
     }
-    moved.write_huge_bytes(memory, huge_bytes)?;
     Ok(())
 }
 
