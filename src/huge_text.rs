@@ -9,12 +9,15 @@ use crate::cli::ApplyArgs;
 use crate::errors::Failure;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural};
 use crate::store::Store;
+use crate::symbols::write_perf_maps;
 use crate::targets::{ROUNDS, Refused, born, find, has_ended, root_first};
 
 /// `dyni apply --only huge-text --json`.
 #[derive(Debug, Serialize)]
 pub struct HugeTextReport {
     processes: Vec<ProcessReport>,
+    /// What tools will miss that look at the program.
+    notes: Vec<String>,
     #[serde(skip)]
     name: String,
     #[serde(skip)]
@@ -74,7 +77,8 @@ pub fn run(args: &ApplyArgs, store: &Store, out: Output) -> Result<(), Failure> 
         };
         return Err(Failure::refused(format!("move text of {} to huge pages", group.root.name), why));
     }
-    out.report(&HugeTextReport { processes, name: group.root.name.clone(), root: group.root.pid });
+    let notes = write_perf_maps(&root_first(&group));
+    out.report(&HugeTextReport { processes, notes, name: group.root.name.clone(), root: group.root.pid });
     Ok(())
 }
 
@@ -135,6 +139,9 @@ impl Report for HugeTextReport {
         ));
         for refused in &first.refused {
             text.push_str(&format!("  {} of 2 MB left alone: {}\n", refused.count, refused.reason));
+        }
+        for note in &self.notes {
+            text.push_str(&format!("  {}\n", paint.warn(note)));
         }
         text
     }

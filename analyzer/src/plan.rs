@@ -36,9 +36,9 @@ pub struct Options {
     pub passes: PassSet,
     /// Functions are taken, hottest first, until they have this share of a module's samples, in parts per million.
     pub coverage_ppm: u32,
-    /// A module with less than this share of the samples is left as it is, in parts per million. Calls to a module come
-    /// by the procedure linkage table of another and so to the original's entry, where a patch costs each of them a jump:
-    /// a library that is only called now and then has less to gain from a better layout than that.
+    /// A module with less than this share of the samples is left as it is, in parts per million. Calls from other modules
+    /// come to the original's entry, where a patch costs each of them a jump: a library that is only called now and then
+    /// has less to gain from a better layout than that.
     pub min_share_ppm: u32,
     /// What goes into [`Plan::profile`].
     pub profile_hash: [u8; 32],
@@ -52,7 +52,7 @@ impl Default for Options {
         Self {
             passes: PassSet::ALL,
             coverage_ppm: 999_000,
-            min_share_ppm: 250_000,
+            min_share_ppm: 40_000,
             profile_hash: [0; 32],
             unwind_registered: true,
         }
@@ -175,9 +175,11 @@ pub fn analyze(profile: &Profile, modules: &[Module<'_>], options: &Options) -> 
     };
     let (chosen, missing, minor) = chosen_modules(profile, modules, options);
     (analysis.missing, analysis.minor) = (missing, minor);
+    // What libraries do is not the program's work: they are called for it, now more, now less.
+    let main = chosen.iter().map(|(seen, _)| weight_of(seen)).max();
     for (seen, module) in chosen {
         let evidence = Evidence::new(seen, profile.method);
-        let (functions, refused, report) = analyze_module(module, &evidence, options);
+        let (functions, refused, report) = analyze_module(module, &evidence, options, Some(weight_of(seen)) == main);
         analysis.refused.extend(refused);
         analysis.modules.push(report);
         if !functions.is_empty() {
@@ -236,6 +238,7 @@ fn analyze_module(
     module: &Module<'_>,
     evidence: &Evidence<'_>,
     options: &Options,
+    is_main: bool,
 ) -> (Vec<FunctionPlan>, Vec<Refused>, ModuleReport) {
     let seen = Seen::of(module.functions, evidence.profile(), evidence.is_counted());
     let hot = seen.covering(options.coverage_ppm);
@@ -275,7 +278,9 @@ fn analyze_module(
         }
         layouts.push(layout);
     }
-    yardstick::choose(module.image, &mut layouts);
+    if is_main {
+        yardstick::choose(module.image, &mut layouts);
+    }
     let mut order: Vec<u32> = (0..layouts.len() as u32).collect();
     if options.passes.has(Pass::CdSort) {
         let (sorted, stats) = passes::cdsort::run(&layouts, evidence);

@@ -109,7 +109,7 @@ fn read(pid: i32) -> Result<Status, ApplyError> {
     } else {
         State::Undynimized
     };
-    let huge_text = huge_text::in_force(&maps, &memory);
+    let huge_text = huge_text::status(&huge_text::in_force(&maps, &memory));
     Ok(Status { pid, state, modules, huge_text, damaged })
 }
 

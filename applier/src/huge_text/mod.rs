@@ -26,6 +26,7 @@ mod record;
 mod regions;
 
 pub use record::HugeTextStatus;
+pub(crate) use record::{Moved, status};
 
 use crate::error::ApplyError;
 use crate::lock::Lock;
@@ -34,7 +35,7 @@ use crate::remote::{Caller, Memory, RemoteError, in_own_thread};
 use crate::{failpoint, huge, ledger, room, written};
 use dyni_collector::maps::{self, Mapping};
 use dyni_schema::{Plan, RunAddr};
-use record::{Moved, Record, find};
+use record::{Record, find};
 use regions::Region;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -85,15 +86,15 @@ fn apply_here(pid: i32, plan: Option<&Plan>) -> Result<HugeTextApplied, ApplyErr
             Err(MoveError::Apply(e)) => return Err(e),
         }
     }
-    let modules = in_force(&maps::mappings(pid)?, &memory);
+    let modules = status(&in_force(&maps::mappings(pid)?, &memory));
     Ok(HugeTextApplied { pid, modules, private_bytes: [before, private_bytes(pid)], refused })
 }
 
-/// What of a process's text lies on huge pages now, by module.
-pub(crate) fn in_force(maps: &[Mapping], memory: &Memory) -> Vec<HugeTextStatus> {
+/// What of a process's text lies on huge pages now.
+pub(crate) fn in_force(maps: &[Mapping], memory: &Memory) -> Vec<Moved> {
     let mut all = find(maps, memory);
     all.retain(|moved| moved.state(maps).text_is_copy);
-    record::status(&all)
+    all
 }
 
 /// Why a region was not moved.
@@ -148,6 +149,7 @@ fn move_region(pid: i32, module: &maps::MappedModule, region: &Region, memory: &
     let record = Record {
         build_id: module.build_id.clone(),
         module: module.name.clone(),
+        bias: module.bias,
         start: start.0,
         size,
         copy: copy.0,

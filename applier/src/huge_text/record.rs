@@ -29,6 +29,8 @@ pub(crate) struct Record {
     pub build_id: BuildId,
     /// The module's base name.
     pub module: String,
+    /// Its load bias.
+    pub bias: u64,
     /// The text that is moved.
     pub start: u64,
     /// Its size in bytes.

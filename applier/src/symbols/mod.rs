@@ -5,11 +5,13 @@
 //! block lies where), the copies themselves and the module's file (names, unwind data). So it costs a process nothing
 //! that nobody looks at, and whether its own unwinder was told of the copies does not matter.
 //!
-//! - [`Symbolizer::symbols`]: names and ranges, as a perf map has them;
+//! - [`Symbolizer::symbols`]: names and ranges, as a perf map has them; those of text on huge pages, too, which looks to perf
+//!   like memory without a file (debuggers know its names from the module, whose addresses are the same);
 //! - [`Symbolizer::symbol_file`]: an ELF file with names and call frames (`elf`, [`crate::unwind::debugger`]), as a debugger
 //!   loads it.
 
 mod elf;
+mod text;
 
 use crate::check::Originals;
 use crate::error::ApplyError;
@@ -23,6 +25,7 @@ use dyni_collector::maps::{self, MappedModule, ModuleReader};
 use dyni_schema::{BuildId, LinkAddr, RunAddr};
 use std::collections::HashMap;
 use std::ops::Range;
+use text::MovedText;
 
 /// What a function's part is called that lies among the cold code: compilers have the same word for it.
 const COLD: &str = ".cold";
@@ -70,13 +73,16 @@ struct Generation<'a> {
 }
 
 impl Symbolizer {
-    /// What lies in the code caches of process `pid`, all generations', by rising address; nothing if it has none.
+    /// What lies in the code caches of process `pid`, all generations', and in text that was moved to huge pages, by
+    /// rising address; nothing if it has none.
     ///
     /// # Errors
     /// The process is gone, or not ours to read.
     pub fn symbols(&mut self, pid: i32) -> Result<Vec<Symbol>, ApplyError> {
-        let (_, entries) = self.look(pid).map_err(|e| e.or_death(pid))?;
-        Ok(sorted(self.generations(&entries).flat_map(|g| g.symbols()).collect()))
+        let (_, entries, texts) = self.look(pid).map_err(|e| e.or_death(pid))?;
+        let image = |text: &MovedText| self.images.get(&text.build_id).and_then(Option::as_ref);
+        let moved = texts.iter().flat_map(|text| text.symbols(image(text)));
+        Ok(sorted(self.generations(&entries).flat_map(|g| g.symbols()).chain(moved).collect()))
     }
 
     /// The same as a file for a debugger, with call frames; `None` if the process has no code cache.
@@ -84,7 +90,7 @@ impl Symbolizer {
     /// # Errors
     /// As [`Symbolizer::symbols`].
     pub fn symbol_file(&mut self, pid: i32) -> Result<Option<SymbolFile>, ApplyError> {
-        let (memory, entries) = self.look(pid).map_err(|e| e.or_death(pid))?;
+        let (memory, entries, _) = self.look(pid).map_err(|e| e.or_death(pid))?;
         let mut frames = DebugFrame::default();
         let mut symbols = Vec::new();
         for generation in self.generations(&entries) {
@@ -101,22 +107,23 @@ impl Symbolizer {
         Ok(Some(SymbolFile { bytes, symbols: symbols.len(), frames: described, without_frames }))
     }
 
-    /// The process's ledgers; afterwards the images of their modules are known.
-    fn look(&mut self, pid: i32) -> Result<(Memory, Vec<Entry>), ApplyError> {
+    /// The process's ledgers and moved text; afterwards the images of their modules are known.
+    fn look(&mut self, pid: i32) -> Result<(Memory, Vec<Entry>, Vec<MovedText>), ApplyError> {
         let memory = Memory::open_read_only(pid)?;
         let maps = maps::mappings(pid)?;
         let (mut entries, _) = ledger::find(pid, &maps, &memory);
         entries.truncate(MAX_GENERATIONS);
-        if !entries.is_empty() {
+        let texts = MovedText::find(&maps, &memory);
+        if !entries.is_empty() || !texts.is_empty() {
             let modules = self.reader.of(pid, &maps);
-            for entry in &entries {
-                let build_id = &entry.ledger.build_id;
+            let builds = entries.iter().map(|e| &e.ledger.build_id).chain(texts.iter().map(|t| &t.build_id));
+            for build_id in builds {
                 if !self.images.contains_key(build_id) {
                     self.images.insert(build_id.clone(), image(&modules, build_id));
                 }
             }
         }
-        Ok((memory, entries))
+        Ok((memory, entries, texts))
     }
 
     fn generations<'a>(&'a self, entries: &'a [Entry]) -> impl Iterator<Item = Generation<'a>> {
@@ -151,6 +158,18 @@ fn sorted(mut symbols: Vec<Symbol>) -> Vec<Symbol> {
     symbols
 }
 
+/// What people call a function of a module.
+fn name(image: Option<&Image>, module: &str, function: LinkAddr) -> String {
+    let by_symbol = image.and_then(|image| {
+        let (name, start) = image.symbol_at(function)?;
+        let name = demangle(name);
+        Some(if start == function { name } else { format!("{name}+{:#x}", function.distance(start)) })
+    });
+    let name = by_symbol.unwrap_or_else(|| format!("{module}+{:#x}", function.0));
+    // A line of a perf map is a name; control characters have no place in one.
+    name.chars().filter(|c| !c.is_control()).collect()
+}
+
 impl Generation<'_> {
     /// Its functions' parts: copied blocks of one function that lie one behind the other are one.
     fn symbols(&self) -> Vec<Symbol> {
@@ -183,14 +202,7 @@ impl Generation<'_> {
     }
 
     fn name(&self, function: LinkAddr) -> String {
-        let by_symbol = self.image.and_then(|image| {
-            let (name, start) = image.symbol_at(function)?;
-            let name = demangle(name);
-            Some(if start == function { name } else { format!("{name}+{:#x}", function.distance(start)) })
-        });
-        let name = by_symbol.unwrap_or_else(|| format!("{}+{:#x}", self.entry.ledger.module, function.0));
-        // A line of a perf map is a name; control characters have no place in one.
-        name.chars().filter(|c| !c.is_control()).collect()
+        name(self.image, &self.entry.ledger.module, function)
     }
 
     /// How to find the callers of its copies, as far as the module's file is there to say it of the originals.
