@@ -153,6 +153,12 @@ pub fn cycle(service: &mut Service, load: impl Fn() -> Result<(), String> + Sync
                 let when = format!("{name}, cycle {n}");
                 assert!(!loader.is_finished(), "{when}: the load has failed");
                 rng.sleep(Duration::from_millis(100));
+                let with_huge_text = n % 5 == 2;
+                if with_huge_text {
+                    // A server may have less than 2 MB of text in one piece, or a kernel no huge pages.
+                    dyni.run(&["apply", "-p", &pid.to_string(), "--only", "huge-text"]).expect(&[0, 3]);
+                    rng.sleep(Duration::from_millis(50));
+                }
                 let out = dyni.apply(pid);
                 out.expect_done();
                 assert!(out.functions(None) > 0, "{when}: nothing was patched: {out:#?}");
@@ -171,6 +177,10 @@ pub fn cycle(service: &mut Service, load: impl Fn() -> Result<(), String> + Sync
                 text.assert_pristine(pid, &when);
                 text.assert_protections(pid, &when);
                 assert_group_is_pristine(pid, &text, &when);
+                if with_huge_text {
+                    let status = dyni.run(&["status", "-v", "-p", &pid.to_string()]).stdout;
+                    assert!(!status.contains("huge pages"), "{when}: {status}");
+                }
                 if n % 10 == 0 {
                     assert_eq!(dyni.state(pid), "undynimized", "{when}, after undo");
                 }
