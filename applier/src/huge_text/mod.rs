@@ -22,6 +22,7 @@
 //! names in the perf map). Debuggers see no difference. A page of the text that somebody has written to (a breakpoint, a
 //! uprobe, a patch) is refused with its 2 MB; so huge text comes first and patches after it.
 
+mod memory;
 mod record;
 mod regions;
 
@@ -136,6 +137,9 @@ fn move_region(pid: i32, module: &maps::MappedModule, region: &Region, memory: &
     }
     if written::pages(pid, &[start..start.plus(size)], &maps, &entries).touches(start, size) {
         return Err(MoveError::Refused("somebody has written to it"));
+    }
+    if !memory::has_room(pid, size) {
+        return Err(MoveError::Refused("there is too little memory left for it"));
     }
     let room = room::find(pid, memory)?;
     if (start.0..start.0 + size).contains(&room.at.0) {
