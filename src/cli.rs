@@ -1,5 +1,6 @@
 //! The command line: the one definition that the parser, the help, the man pages and the completions come from.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -71,6 +72,8 @@ pub enum Command {
     Apply(ApplyArgs),
     /// Record, analyze and apply in one go
     Optimize(OptimizeArgs),
+    /// Start a program with its stored plan
+    Exec(ExecArgs),
     /// Run the daemon: find programs worth optimising, optimise them, follow their work
     Daemon(DaemonArgs),
     /// Start the daemon in the background
@@ -188,6 +191,18 @@ pub struct OptimizeArgs {
     /// Print a JSON document at the beginning of each step
     #[arg(long, hide = true, requires = "json")]
     pub phases: bool,
+}
+
+/// `dyni exec`
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The longest that the program waits, at its first instruction, for its plan to be in force; a plan that takes longer
+    /// is applied while it runs
+    #[arg(long, default_value = "3ms", value_parser = duration::parse, value_name = "TIME")]
+    pub wait: Duration,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
 }
 
 /// `dyni daemon` and `dyni start`

@@ -18,6 +18,7 @@ mod duration;
 mod dynimize;
 mod errors;
 mod examine;
+mod exec;
 mod gain;
 mod interrupt;
 mod manual;
@@ -103,6 +104,7 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Analyze(args) => analyze::run(&args, &store, out),
         Command::Apply(args) => apply::run(&args, &store, out),
         Command::Optimize(args) => optimize::run(&args, &store, out),
+        Command::Exec(args) => exec::run(&args, &store, out),
         Command::Daemon(args) => daemon::run(&args, config, &contact, store.path()?),
         Command::Start(args) => control::start(&args, config, &contact, &store.path()?, out),
         Command::Stop => control::stop(&contact, out),
@@ -138,6 +140,7 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Record(_)
         | Command::Apply(_)
         | Command::Optimize(_)
+        | Command::Exec(_)
         | Command::Undo(_)
         | Command::Symbols(_)
         | Command::Daemon(_)

@@ -107,6 +107,15 @@ impl Store {
         Ok((id.hex(), profile))
     }
 
+    /// The plan with exactly this id.
+    ///
+    /// # Errors
+    /// There is none, or the archive can't be read.
+    pub fn plan_of(&self, id: BlobId) -> Result<StoredPlan, Failure> {
+        let (id, plan) = self.read()?.plan(&id.into())?;
+        Ok(StoredPlan { id: id.hex(), plan })
+    }
+
     /// The plan with this id, by default the newest one that was made for what `target` runs.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 //! - [`ledger`]: what was done, kept in the target;
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
 //! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls;
+//! - [`start`]: a program from its exec to its first instruction;
 //! - [`symbols`]: what debuggers and profilers have to be told of the copies.
 
 mod apply;
@@ -31,6 +32,7 @@ pub mod remote;
 mod resolve;
 mod room;
 pub mod shortcuts;
+pub mod start;
 mod status;
 mod swap;
 pub mod symbols;

@@ -198,6 +198,18 @@ impl Archive {
         Ok(found)
     }
 
+    /// The newest layout plan that was made for a program of this name and this build of its executable: one query, for
+    /// those who have no time.
+    ///
+    /// # Errors
+    /// If the archive can't be read.
+    pub fn plan_to_start(&self, program: &str, executable: &BuildId) -> Result<Option<BlobId>> {
+        let query = "SELECT p.blob FROM plan_modules m JOIN plans p ON p.blob = m.plan
+             WHERE m.build_id = ?1 AND p.program = ?2 AND p.kind = 'layout' ORDER BY p.seq DESC LIMIT 1";
+        let found = self.conn.query_row(query, [&executable.hex(), program], |row| Ok(blob_id(row, 0))).optional();
+        Ok(sql(&self.path, found)?.flatten())
+    }
+
     fn for_modules<T>(&self, build_ids: &[BuildId], query: &str, read: fn(&Row<'_>) -> ReadRow<T>) -> Result<Vec<T>> {
         let mut rows: Vec<(i64, T)> = Vec::new();
         for build_id in build_ids {
