@@ -50,6 +50,12 @@ use store::Store;
 
 fn main() -> ExitCode {
     errors::install_panic_hook();
+    if let Some(command) = exec::in_short(std::env::args_os()) {
+        let cli = Cli::for_exec(command);
+        let out = Output::new(&cli.global);
+        // The parser's tables alone take longer to build than a small program runs.
+        return ending(catch_unwind(AssertUnwindSafe(|| run(cli, out))), out);
+    }
     let words = match dynimize::translate(std::env::args_os().collect()) {
         Ok(dynimize::Line::Words(words)) => words,
         Ok(dynimize::Line::Answer(text)) => {
@@ -67,7 +73,11 @@ fn main() -> ExitCode {
         Err(e) => return not_parsed(&e),
     };
     let out = Output::new(&cli.global);
-    match catch_unwind(AssertUnwindSafe(|| run(cli, out))) {
+    ending(catch_unwind(AssertUnwindSafe(|| run(cli, out))), out)
+}
+
+fn ending(result: std::thread::Result<Result<(), Failure>>, out: Output) -> ExitCode {
+    match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {
             failure.print(out.json());

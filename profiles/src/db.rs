@@ -19,8 +19,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 const APPLICATION_ID: i64 = 0x6479_6e69;
 
 /// The formats, oldest first; their number is the file's `user_version`. An entry that was released never changes.
-const MIGRATIONS: &[M<'static>] = &[M::up(
-    "
+const MIGRATIONS: &[M<'static>] = &[
+    M::up(
+        "
     PRAGMA application_id = 0x64796e69;
     -- A blob is immutable and named by its own BLAKE3 hash. The bytes come last, so that the other columns are read
     -- without walking through them.
@@ -68,7 +69,26 @@ const MIGRATIONS: &[M<'static>] = &[M::up(
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX plan_modules_plan ON plan_modules (plan);
     ",
-)];
+    ),
+    M::up(
+        "
+    -- One for each executable and class of arguments.
+    CREATE TABLE working_sets (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        blob BLOB NOT NULL UNIQUE REFERENCES blobs (id),
+        stored_s INTEGER NOT NULL,
+        program TEXT NOT NULL,
+        executable TEXT NOT NULL,
+        mode TEXT NOT NULL,
+        recordings INTEGER NOT NULL,
+        files INTEGER NOT NULL,
+        pages INTEGER NOT NULL,
+        UNIQUE (executable, mode)
+    ) STRICT;
+    CREATE INDEX working_sets_program ON working_sets (program);
+    ",
+    ),
+];
 
 const NEWEST: i64 = MIGRATIONS.len() as i64;
 
