@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use dyni_collector::{Target, TargetError};
 use dyni_profiles::{Archive, ArchiveError, Category, archive_path};
 use dyni_schema::envelope::{BlobId, BlobPrefix, seal};
-use dyni_schema::{Plan, Profile};
+use dyni_schema::{FileKey, Plan, Profile, WorkingSet};
 
 use crate::errors::Failure;
 
@@ -84,6 +84,22 @@ impl Store {
     pub fn keep_plan(&self, plan: &StoredPlan) -> Result<(), Failure> {
         self.write()?.put_plan(&plan.plan)?;
         Ok(())
+    }
+
+    /// Keeps a working set; its id.
+    ///
+    /// # Errors
+    /// The archive can't be written.
+    pub fn keep_working_set(&self, set: &WorkingSet) -> Result<BlobId, Failure> {
+        Ok(self.write()?.put_working_set(set)?)
+    }
+
+    /// The working set of an executable; `None` if nothing of it has been learned.
+    ///
+    /// # Errors
+    /// The archive can't be read.
+    pub fn working_set_of(&self, executable: &FileKey) -> Result<Option<WorkingSet>, Failure> {
+        Ok(self.read()?.working_set_of(executable)?)
     }
 
     /// Throws a plan away.

@@ -48,6 +48,17 @@ pub enum NotHeld {
     Remote(#[from] RemoteError),
 }
 
+/// What happens to a process that is followed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// It has become the program; nothing of that has run.
+    Begins,
+    /// It has become yet another one.
+    Replaced,
+    /// It is about to end; its memory is still there.
+    Ends,
+}
+
 /// A process that is about to exec, seized. It must be used by the thread that made it, as with all of ptrace.
 #[derive(Debug)]
 pub struct Starting {
@@ -61,6 +72,38 @@ impl Starting {
     /// It is gone, traced by somebody else, or not ours to trace.
     pub fn watch(pid: i32) -> Result<Self, RemoteError> {
         Tracee::seize_for_events(pid, pid).map(|tracee| Self { tracee })
+    }
+
+    /// Follows the process to its end, or until `at` answers `false`. It is called while the process stands still at one
+    /// of these moments. A program that has begun already is followed from now on, with `has_begun`.
+    ///
+    /// # Errors
+    /// It can't be traced any more.
+    pub fn follow(mut self, has_begun: bool, mut at: impl FnMut(Moment) -> bool) -> Result<(), RemoteError> {
+        let mut begun = has_begun;
+        loop {
+            match self.tracee.wait()? {
+                Report::Gone => return Ok(()),
+                Report::Signal(signal) => self.tracee.go_on(signal)?,
+                Report::Syscall => self.tracee.go_on(0)?,
+                Report::Stopped => match self.tracee.event() {
+                    Event::Exec => {
+                        let moment = if begun { Moment::Replaced } else { Moment::Begins };
+                        begun = true;
+                        if !at(moment) {
+                            return Ok(());
+                        }
+                        self.tracee.go_on(0)?;
+                    }
+                    Event::Exit => {
+                        at(Moment::Ends);
+                        return Ok(());
+                    }
+                    Event::Group => self.tracee.stay_stopped()?,
+                    Event::Interrupted => self.tracee.go_on(0)?,
+                },
+            }
+        }
     }
 
     /// Waits for the exec, puts up the gate and lets go. A program that comes to the gate waits there for `at_most`.

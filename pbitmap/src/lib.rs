@@ -15,5 +15,5 @@ pub mod record;
 pub mod strip;
 
 pub use merge::merge;
-pub use prefetch::{Budget, Fetched, prefetch, still_useful};
+pub use prefetch::{Budget, Fetched, prefetch};
 pub use record::Recording;

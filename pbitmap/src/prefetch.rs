@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use dyni_schema::working_set::PAGE;
-use dyni_schema::{FileKey, FileSet, Runs, Usefulness, WorkingSet};
+use dyni_schema::{FileKey, FileSet, Runs, WorkingSet};
 
 use crate::files;
 
@@ -17,8 +17,6 @@ use crate::files;
 const PREDICTED: u8 = 128;
 /// Runs that lie no further apart are read as one, in pages: a disk reads on sooner than it seeks.
 const GAP: u32 = 16;
-/// How many starts are looked at before a program may be found not to be helped.
-const TRIALS: u32 = 3;
 /// `SYS_cachestat`, which is the same on all machines.
 const CACHESTAT: libc::c_long = 451;
 
@@ -57,12 +55,6 @@ impl Fetched {
     pub fn pages(&self) -> u64 {
         self.runs.iter().flat_map(|(_, runs)| runs).map(|&(_, count)| u64::from(count)).sum()
     }
-}
-
-/// Whether reading ahead by this working set has done any good, as far as that is known.
-#[must_use]
-pub fn still_useful(usefulness: &Usefulness) -> bool {
-    usefulness.starts < TRIALS || usefulness.used.saturating_mul(2) >= usefulness.read
 }
 
 /// Has the kernel read what the working set predicts. The reading itself may go on after the return.
@@ -135,7 +127,7 @@ fn absent(file: &File, first: u32, count: u32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dyni_schema::Recorder;
+    use dyni_schema::{Recorder, Usefulness};
     use std::os::unix::fs::FileExt;
 
     fn learned(path: &Path, pages: &[(u32, u8)]) -> WorkingSet {
@@ -210,12 +202,5 @@ mod tests {
         assert_eq!((fetched.pages(), fetched.exhausted), (1, true));
         assert_eq!(fetched.runs[0].1, [(3, 1)], "in file order");
         assert!(!prefetch(&set, PLENTY).exhausted);
-    }
-
-    #[test]
-    fn what_never_helped_is_given_up() {
-        let of = |starts, read, used| still_useful(&Usefulness { starts, read, used });
-        assert!(of(0, 0, 0) && of(2, 100, 0) && of(9, 100, 50));
-        assert!(!of(3, 100, 49));
     }
 }

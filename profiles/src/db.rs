@@ -83,6 +83,7 @@ const MIGRATIONS: &[M<'static>] = &[
         recordings INTEGER NOT NULL,
         files INTEGER NOT NULL,
         pages INTEGER NOT NULL,
+        helps INTEGER NOT NULL,
         UNIQUE (executable, mode)
     ) STRICT;
     CREATE INDEX working_sets_program ON working_sets (program);

@@ -13,7 +13,7 @@ use rusqlite::{OptionalExtension, params};
 pub struct ForStart {
     /// The newest layout plan for a program of this name and this build of its executable.
     pub plan: Option<BlobId>,
-    /// What it touches.
+    /// What it touches, if reading ahead by that helps it.
     pub working_set: Option<BlobId>,
 }
 
@@ -28,7 +28,7 @@ impl Archive {
                  WHERE m.build_id = ?1 AND p.program = ?2 AND p.kind = 'layout' ORDER BY p.seq DESC LIMIT 1";
             let of_build = |id: &BuildId| self.conn.query_row(plan, [&id.hex(), program], |row| Ok(blob_id(row, 0)));
             let plan = build.map(of_build).transpose().optional()?.flatten().flatten();
-            let set = "SELECT blob FROM working_sets WHERE executable = ?1 ORDER BY seq DESC LIMIT 1";
+            let set = "SELECT blob FROM working_sets WHERE executable = ?1 AND helps ORDER BY seq DESC LIMIT 1";
             let set = self.conn.query_row(set, [&executable.text()], |row| Ok(blob_id(row, 0))).optional()?.flatten();
             Ok(ForStart { plan, working_set: set })
         })();
@@ -44,6 +44,7 @@ impl Archive {
         let key = set.executable.text();
         let (recordings, files, pages) =
             (set.recordings, set.files.len() as i64, i64::try_from(set.pages()).unwrap_or(i64::MAX));
+        let helps = set.usefulness.helps();
         self.put(Kind::WorkingSet, &sealed, |tx, id, now| {
             let before = "SELECT blob FROM working_sets WHERE executable = ?1 AND mode = ?2";
             let before = tx.query_row(before, [&key, &set.mode], |row| Ok(blob_id(row, 0))).optional()?.flatten();
@@ -53,12 +54,22 @@ impl Archive {
             }
             tx.execute("DELETE FROM working_sets WHERE executable = ?1 AND mode = ?2", [&key, &set.mode])?;
             tx.execute(
-                "INSERT INTO working_sets (blob, stored_s, program, executable, mode, recordings, files, pages)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-                params![id, now, set.program, key, set.mode, recordings, files, pages],
+                "INSERT INTO working_sets (blob, stored_s, program, executable, mode, recordings, files, pages, helps)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+                params![id, now, set.program, key, set.mode, recordings, files, pages, helps],
             )?;
             Ok(())
         })
+    }
+
+    /// The newest working set of an executable, whether it helps or not.
+    ///
+    /// # Errors
+    /// If the archive can't be read, or the record can't be used.
+    pub fn working_set_of(&self, executable: &FileKey) -> Result<Option<WorkingSet>> {
+        let query = "SELECT blob FROM working_sets WHERE executable = ?1 ORDER BY seq DESC LIMIT 1";
+        let found = self.conn.query_row(query, [&executable.text()], |row| Ok(blob_id(row, 0))).optional();
+        sql(self.path(), found)?.flatten().map(|id| self.load(id)).transpose()
     }
 
     /// The working set whose id begins so.

@@ -166,6 +166,17 @@ pub struct Usefulness {
     pub used: u64,
 }
 
+impl Usefulness {
+    /// How many starts are looked at before a program may be found not to be helped.
+    const TRIALS: u32 = 3;
+
+    /// Whether reading ahead has done any good, as far as that is known: at least every second page was touched.
+    #[must_use]
+    pub fn helps(&self) -> bool {
+        self.starts < Self::TRIALS || self.used.saturating_mul(2) >= self.read
+    }
+}
+
 /// What a program touches in the time after its start.
 #[derive(Clone, Debug, PartialEq, Eq, Archive, Serialize, Deserialize)]
 pub struct WorkingSet {
@@ -215,5 +226,17 @@ impl WorkingSet {
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.files.iter().map(|f| f.runs.pages()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_never_helped_is_given_up() {
+        let of = |starts, read, used| Usefulness { starts, read, used }.helps();
+        assert!(of(0, 0, 0) && of(2, 100, 0) && of(9, 100, 50));
+        assert!(!of(3, 100, 49));
     }
 }

@@ -9,7 +9,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use dyni_collector::elf;
-use dyni_schema::BuildId;
+use dyni_schema::{BuildId, FileKey};
 
 /// How many scripts may be each other's interpreters, as in the kernel (fs/exec.c).
 const MAX_SCRIPTS: usize = 5;
@@ -23,8 +23,18 @@ pub struct Program {
     pub path: PathBuf,
     /// Its base name, as a process has it.
     pub name: String,
+    /// Which file it is.
+    pub key: FileKey,
+}
+
+impl Program {
     /// Its build; `None` if it has no note of it.
-    pub build_id: Option<BuildId>,
+    pub const fn build_id(&self) -> Option<&BuildId> {
+        match &self.key {
+            FileKey::Build(id) => Some(id),
+            FileKey::Inode(_) => None,
+        }
+    }
 }
 
 /// What a command is.
@@ -65,7 +75,7 @@ fn program(path: &Path, file: &File, metadata: &Metadata) -> Command {
         Ok(facts) if facts.has_loader => {
             let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
             let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-            Command::Program(Program { path, name, build_id: facts.build_id })
+            Command::Program(Program { path, name, key: dyni_pbitmap::files::key(file, metadata) })
         }
         Ok(_) => Command::Untouched("it is statically linked"),
         Err(_) => Command::Untouched("it is no 64-bit x86-64 program"),
