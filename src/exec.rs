@@ -112,7 +112,7 @@ fn known(program: &Program, store: &Store) -> Result<ForStart, Failure> {
     if !path.exists() {
         return Ok(ForStart::default());
     }
-    Ok(Archive::open_read_only(&path)?.for_start(&program.name, program.build_id(), &program.key)?)
+    Ok(Archive::open_for_a_look(&path)?.for_start(&program.name, program.build_id(), &program.key)?)
 }
 
 fn failed(e: &dyn Display) -> Failure {

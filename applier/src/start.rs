@@ -203,6 +203,14 @@ fn gate(place: RunAddr, entry: RunAddr, at_most: Duration) -> Vec<u8> {
     code
 }
 
+/// Whether these bytes are a gate, which may be in use or may be one that a dyni which was killed left behind.
+pub(crate) fn is_gate(bytes: &[u8]) -> bool {
+    let like = gate(RunAddr(0), RunAddr(0), Duration::ZERO);
+    // Up to the time that is waited, and the jump.
+    let same = |range: std::ops::Range<usize>| bytes.get(range.clone()).is_some_and(|b| b == &like[range]);
+    same(0..AFTER_WAIT as usize - 6) && same(like.len() - 14..like.len() - 8)
+}
+
 /// A gate in a program that runs.
 #[derive(Debug)]
 pub struct Gate {
@@ -214,8 +222,8 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Waits until the program stands in the gate: its loader has mapped its modules and run their initialisers, and
-    /// nothing of its own. `false` if it does not come there in this time.
+    /// Waits until the program stands in the gate, or has gone through it: its loader has mapped its modules and run their
+    /// initialisers. `false` if it does not come there in this time.
     #[must_use]
     pub fn reached(&self, patience: Duration) -> bool {
         let start = Instant::now();
@@ -225,12 +233,17 @@ impl Gate {
             match std::fs::read_to_string(&path) {
                 // The last word is the instruction pointer.
                 Ok(text) if text.trim_end().ends_with(&waits_at) => return true,
+                Ok(_) if self.is_passed() => return true,
                 Ok(_) if !self.memory.is_gone() && thread_state(self.pid, self.pid) != Some(b'Z') => {}
                 _ => return false,
             }
             std::thread::sleep(LOOK);
         }
         false
+    }
+
+    fn is_passed(&self) -> bool {
+        self.memory.read_vec(self.place, 8).is_ok_and(|value| value == self.entry.0.to_le_bytes())
     }
 
     /// Lets the program go on to its entry point, and takes the gate away; `false` if it had gone through by itself.
@@ -291,6 +304,7 @@ mod tests {
     #[test]
     fn the_gate_puts_back_what_it_changes_and_ends_in_the_entry() {
         let code = gate(RunAddr(0x7ffc_0000_1230), RunAddr(0x5555_0000_1040), Duration::from_millis(3));
+        assert!(is_gate(&code) && !is_gate(&[0; trampoline::LEN]) && !is_gate(&code[1..]));
         let mut decoder = Decoder::with_ip(64, &code, 0x1000, DecoderOptions::NONE);
         let mut saved = Vec::new();
         loop {

@@ -2,8 +2,8 @@
 //! own and which does not stop them.
 //!
 //! A page of a mapped file counts as touched when the process has it mapped (or had, and it was swapped out). That has a
-//! precision: where the page cache holds the neighbours, one fault maps up to [`granule`] pages around the one that was
-//! touched. Pages that are only read by `read` are not seen. When something was first touched is known as far as the looks
+//! precision: where the page cache holds the neighbours, one fault maps up to 64 KB around what was touched, or
+//! a whole huge page; the recording says which. Pages that are only read by `read` are not seen. When something was first touched is known as far as the looks
 //! are apart.
 
 use std::collections::BTreeMap;
@@ -26,6 +26,8 @@ const PRESENT_OR_SWAPPED: u64 = 1 << 63 | 1 << 62;
 const MAX_PAGES: u64 = 1 << 22;
 /// The most files of one process.
 const MAX_FILES: usize = 4096;
+/// How many pages a huge page has.
+const HUGE_PAGES: u32 = 512;
 /// How many entries are read at once.
 const CHUNK: usize = 8192;
 
@@ -35,6 +37,7 @@ pub struct Recording {
     pid: i32,
     looks: u16,
     files: BTreeMap<FileId, Seen>,
+    granule: u32,
 }
 
 /// What was seen of one file.
@@ -51,7 +54,7 @@ impl Recording {
     /// Of process `pid`; nothing has been looked at yet.
     #[must_use]
     pub fn new(pid: i32) -> Self {
-        Self { pid, looks: 0, files: BTreeMap::new() }
+        Self { pid, looks: 0, files: BTreeMap::new(), granule: fault_around() }
     }
 
     /// Looks which pages the process has mapped now.
@@ -62,6 +65,9 @@ impl Recording {
         let maps = maps::mappings(self.pid).map_err(io::Error::other)?;
         let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
         self.looks = self.looks.saturating_add(1);
+        if self.granule < HUGE_PAGES && has_huge_pages(self.pid) {
+            self.granule = HUGE_PAGES;
+        }
         for mapping in maps.iter().filter(|m| m.file.inode != 0 && m.path.as_os_str().as_bytes().starts_with(b"/")) {
             if !self.files.contains_key(&mapping.file) {
                 let Some(seen) = self.meet(mapping).filter(|_| self.files.len() < MAX_FILES) else { continue };
@@ -120,7 +126,7 @@ impl Recording {
             mode: String::new(),
             recordings: 1,
             recorder: Recorder::Pagemap,
-            granule: granule(),
+            granule: self.granule,
             deadline_ns: u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX),
             updated_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             usefulness: Usefulness::default(),
@@ -160,9 +166,16 @@ impl Seen {
     }
 }
 
+/// Whether files of a process are mapped by whole huge pages, which then count as touched as a whole.
+fn has_huge_pages(pid: i32) -> bool {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let kb =
+        |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
+    ["FilePmdMapped:", "ShmemPmdMapped:"].into_iter().any(|name| kb(name) > Some(0))
+}
+
 /// How many neighbouring pages a fault may map (fault-around): what the kernel says, or its default of 64 KB.
-#[must_use]
-pub fn granule() -> u32 {
+fn fault_around() -> u32 {
     let said = fs::read_to_string("/sys/kernel/debug/fault_around_bytes").ok();
     let bytes: u64 = said.and_then(|text| text.trim().parse().ok()).unwrap_or(64 << 10);
     u32::try_from(bytes / PAGE).unwrap_or(u32::MAX).max(1)

@@ -43,6 +43,15 @@ impl Archive {
         Ok(Self { conn: db::open_read_only(path, PATIENCE)?, path: path.to_owned() })
     }
 
+    /// Opens the archive for one quick look whose answer is a hint: it may be older than the newest write, or fail while
+    /// somebody writes. What is then read by its id is checked as ever.
+    ///
+    /// # Errors
+    /// As [`Archive::open_read_only`].
+    pub fn open_for_a_look(path: &Path) -> Result<Self> {
+        Ok(Self { conn: db::open_for_a_look(path, PATIENCE)?, path: path.to_owned() })
+    }
+
     /// Where it lies.
     #[must_use]
     pub fn path(&self) -> &Path {

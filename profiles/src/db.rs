@@ -153,6 +153,18 @@ pub(crate) fn open_read_only(path: &Path, patience: Duration) -> Result<Connecti
     }
 }
 
+/// Opens the archive for one look whose answer need not be the newest: without locks and the files that they need, where
+/// nobody is writing. A writer that begins meanwhile can make the look fail, or make it miss what it writes.
+pub(crate) fn open_for_a_look(path: &Path, patience: Duration) -> Result<Connection> {
+    if wal_is_empty(path)
+        && let Ok(conn) = look_immutable(path, patience)
+        && matches!(state(&conn, path), Ok(State::Current))
+    {
+        return Ok(conn);
+    }
+    open_read_only(path, patience)
+}
+
 fn look(path: &Path, patience: Duration) -> Result<Connection> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let opened = Connection::open_with_flags(path, flags).and_then(|conn| harden(&conn, patience).map(|()| conn));
