@@ -482,3 +482,57 @@ fn a_wrapper_is_looked_through() {
     assert!(file_of(&await_recordings(&d, "pages-gcc-O2", 1), &data).is_some());
     assert!(working_set(&d, "env").is_none());
 }
+
+/// The helpers of this test's dyni: they run dyni itself, with this archive in their environment.
+fn helpers(d: &Dyni) -> Vec<i32> {
+    let mark = format!("DYNI_ARCHIVE={}", d.archive().display());
+    let pids = fs::read_dir("/proc").expect("list processes").flatten();
+    let pids = pids.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let is_ours = |pid: &i32| {
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == Path::new(BINARY));
+        let environ = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        // The parent of a helper has ended; what has not become the command yet is our own child.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let parent = stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(1)?.parse::<u32>().ok());
+        exe && environ.split(|&b| b == 0).any(|var| var == mark.as_bytes()) && parent != Some(std::process::id())
+    };
+    pids.filter(is_ours).collect()
+}
+
+/// Whenever the helper is killed, the program starts, runs and computes the right thing.
+#[test]
+fn the_helper_may_be_killed_at_any_moment() {
+    let (d, exe) = match with_plan("indirect") {
+        Ok(found) => found,
+        Err(reason) => skip!("{reason}"),
+    };
+    let mut rng = common::rng::Rng::new("helper");
+    let wanted = verify(&exe, 40).checksum;
+    let mut killed = 0;
+    for n in 0..40 {
+        let options: &[&str] = if n % 4 == 0 { &["--learn"] } else { &["--wait", "1s"] };
+        let mut command = through(&d, options, &exe, &["--rounds", "40"]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("run");
+        // A helper is born after some milliseconds, and is done some tens later.
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let mut found = helpers(&d);
+        while found.is_empty() && Instant::now() < deadline {
+            found = helpers(&d);
+        }
+        rng.sleep(Duration::from_millis(30));
+        for pid in found {
+            killed += usize::from(kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok());
+        }
+        let out = child.wait_with_output().expect("wait");
+        assert!(out.status.success(), "run {n}: {out:?}");
+        assert!(text(&out.stdout).contains(&wanted), "run {n}: {out:?}");
+    }
+    println!("{killed} helpers killed");
+    assert!(killed > 0, "no helper was ever met");
+    // One that was not met in time ends soon after its program.
+    let deadline = Instant::now() + PATIENCE;
+    while !helpers(&d).is_empty() {
+        assert!(Instant::now() < deadline, "a helper is left");
+        thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -199,7 +199,8 @@ fn a_working_set_that_breaks_its_rules() {
         let bytes = forge(Kind::WorkingSet, 1, &envelope::encode(&set).expect("encode"));
         envelope::open::<WorkingSet>(&bytes).expect_err("must be refused").to_string()
     };
-    let rules: [(&dyn Fn(&mut WorkingSet), &str); 9] = [
+    type Rule<'a> = (&'a dyn Fn(&mut WorkingSet), &'a str);
+    let rules: [Rule<'_>; 9] = [
         (&|s| s.files[0].runs.first[1] = 15, "runs are not sorted"),
         (&|s| s.files[0].runs.count[2] = 61, "a run lies outside its file"),
         (&|s| s.files[0].runs.count[2] = u32::MAX, "a run lies outside its file"),
