@@ -157,6 +157,7 @@ fn fetched_line(fetched: &Fetched) -> String {
 /// Has the plan in force before the command begins, if that does not take too long.
 fn apply(pid: i32, starting: Starting, plan: BlobId, wait: Duration, archive: &Path) -> Result<String, Failure> {
     let gate = starting.put_up_gate(wait).map_err(|e| failed(&e))?;
+    helper::end_with(pid);
     // While the loader is at work.
     let stored = Store::at(Some(archive)).plan_of(plan)?;
     let mut applier = Applier::new(&stored.plan, None)?;
