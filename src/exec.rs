@@ -145,6 +145,9 @@ fn help(pid: i32, found: ForStart, args: &ExecArgs, archive: &Path, link: Link) 
 
 fn fetched_line(fetched: &Fetched) -> String {
     let mut line = format!("{} read ahead", plural(fetched.pages(), "page", "pages"));
+    if fetched.unsure > 0 {
+        line += &format!(", {} as far as they were not in memory", plural(fetched.unsure, "more page", "more pages"));
+    }
     if fetched.changed > 0 {
         line += &format!(", {} changed since", plural(fetched.changed as u64, "file", "files"));
     }
@@ -157,7 +160,7 @@ fn fetched_line(fetched: &Fetched) -> String {
 /// Has the plan in force before the command begins, if that does not take too long.
 fn apply(pid: i32, starting: Starting, plan: BlobId, wait: Duration, archive: &Path) -> Result<String, Failure> {
     let gate = starting.put_up_gate(wait).map_err(|e| failed(&e))?;
-    helper::end_with(pid);
+    let bound = helper::end_with(pid);
     // While the loader is at work.
     let stored = Store::at(Some(archive)).plan_of(plan)?;
     let mut applier = Applier::new(&stored.plan, None)?;
@@ -165,6 +168,7 @@ fn apply(pid: i32, starting: Starting, plan: BlobId, wait: Duration, archive: &P
         return Err(failed(&"it did not come to its first instruction"));
     }
     let applied = patiently(&mut applier, pid, &Choice::All);
+    drop(bound);
     let in_time = gate.open();
     let applied = applied?;
     if let Ok(target) = Target::by_pid(pid) {

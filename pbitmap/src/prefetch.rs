@@ -2,7 +2,7 @@
 //!
 //! `readahead` fills the page cache and touches nothing of the program's: it can't fault, whatever becomes of the file. What
 //! is in memory already is asked of the kernel (`cachestat`, Linux 6.5); where it does not answer, everything is handed to
-//! `readahead`, which passes over what is there.
+//! `readahead`, which passes over what is there, and it is not known whether it helped.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -43,6 +43,8 @@ impl Budget {
 pub struct Fetched {
     /// By file: the pages that were not in memory, as first page and count.
     pub runs: Vec<(FileKey, Vec<(u32, u32)>)>,
+    /// Pages that were asked for without knowing whether they are in memory: the kernel tells only who may write to a file.
+    pub unsure: u64,
     /// Files that are not what was learned: replaced, rewritten or gone.
     pub changed: usize,
     /// Whether the budget ended it.
@@ -70,7 +72,7 @@ pub fn prefetch(set: &WorkingSet, budget: Budget) -> Fetched {
         let mut missing = Vec::new();
         for (first, count) in predicted(&file.runs) {
             let absent = absent(&open, first, count);
-            if absent == 0 {
+            if absent == Some(0) {
                 continue;
             }
             let count = count.min(u32::try_from(left).unwrap_or(u32::MAX));
@@ -82,7 +84,10 @@ pub fn prefetch(set: &WorkingSet, budget: Budget) -> Fetched {
             // SAFETY: readahead takes integers; the descriptor is open.
             if unsafe { libc::readahead(open.as_raw_fd(), offset, bytes) } == 0 {
                 left -= u64::from(count);
-                missing.push((first, count));
+                match absent {
+                    Some(_) => missing.push((first, count)),
+                    None => fetched.unsure += u64::from(count),
+                }
             }
         }
         if !missing.is_empty() {
@@ -111,17 +116,14 @@ fn predicted(runs: &Runs) -> Vec<(u32, u32)> {
     merged
 }
 
-/// How many of these pages are not in memory; all, if the kernel does not say.
-fn absent(file: &File, first: u32, count: u32) -> u32 {
+/// How many of these pages are not in memory; `None` if the kernel does not say.
+fn absent(file: &File, first: u32, count: u32) -> Option<u32> {
     // struct cachestat_range and struct cachestat (include/uapi/linux/mman.h).
     let range = [u64::from(first) * PAGE, u64::from(count) * PAGE];
     let mut answer = [0u64; 5];
     // SAFETY: the kernel reads two words and writes five, both of which live on this frame.
     let done = unsafe { libc::syscall(CACHESTAT, file.as_raw_fd(), range.as_ptr(), answer.as_mut_ptr(), 0) };
-    if done != 0 {
-        return count;
-    }
-    count.saturating_sub(u32::try_from(answer[0]).unwrap_or(u32::MAX))
+    (done == 0).then(|| count.saturating_sub(u32::try_from(answer[0]).unwrap_or(u32::MAX)))
 }
 
 #[cfg(test)]
@@ -194,7 +196,7 @@ mod tests {
         // SAFETY: takes integers; the descriptor is open.
         unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         let set = learned(&path, &[(3, 255), (50, 255), (90, 255)]);
-        if [3, 50, 90].iter().any(|&page| absent(&file, page, 1) == 0) {
+        if [3, 50, 90].iter().any(|&page| absent(&file, page, 1) != Some(1)) {
             println!("SKIPPED: this file system keeps its pages in memory");
             return;
         }

@@ -10,6 +10,8 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
@@ -69,27 +71,39 @@ pub fn start(keep_stderr: bool, work: impl FnOnce(Link)) -> io::Result<()> {
     ours.read_exact(&mut [0])
 }
 
-/// Ends this helper when process `pid` ends: what is being made for it is of no use then, and thousands of short programs
+/// As long as it lives, the helper ends with a process.
+#[derive(Debug, Default)]
+pub struct Bound(Arc<AtomicBool>);
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Ends this helper when process `pid` ends, until the result is dropped: what is being made for it is of no use then, and thousands of short programs
 /// must not leave thousands of helpers at work.
-pub fn end_with(pid: i32) {
+pub fn end_with(pid: i32) -> Bound {
+    let bound = Bound(Arc::new(AtomicBool::new(true)));
+    let is_bound = bound.0.clone();
     // SAFETY: takes and gives integers.
     let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let Ok(fd) = c_int::try_from(pidfd) else { return };
-    if fd < 0 {
-        return;
-    }
+    // Without it, the helper ends a little later.
+    let Some(fd) = c_int::try_from(pidfd).ok().filter(|&fd| fd >= 0) else { return bound };
     std::thread::spawn(move || {
         let mut ended = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
         loop {
             // SAFETY: poll reads and writes the one structure, which lives on this thread's stack.
             match unsafe { libc::poll(&raw mut ended, 1, -1) } {
                 // SAFETY: ends this process; there is nothing in it that anybody waits for.
-                1 => unsafe { libc::_exit(0) },
+                1 if is_bound.load(Ordering::Relaxed) => unsafe { libc::_exit(0) },
+                1 => return,
                 _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
                 _ => return,
             }
         }
     });
+    bound
 }
 
 /// In the helper.
