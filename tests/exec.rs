@@ -290,7 +290,8 @@ fn scripts_and_what_is_left_alone() {
 /// The plan is in force at the program's first instruction, what it computes is right, and undo puts everything back.
 #[test]
 fn a_stored_plan_is_in_force_at_the_start() {
-    for name in ["recursion", "indirect", "switches"] {
+    // The last one throws, and its plan is for a library alone.
+    for name in ["recursion", "indirect", "switches", "exceptions"] {
         let (d, exe) = match with_plan(name) {
             Ok(found) => found,
             Err(reason) => skip!("{reason}"),

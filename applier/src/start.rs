@@ -185,8 +185,9 @@ const AFTER_WAIT: u64 = 29;
 fn gate(place: RunAddr, entry: RunAddr, at_most: Duration) -> Vec<u8> {
     let wait_ms = i32::try_from(at_most.as_millis()).unwrap_or(i32::MAX);
     let mut code = vec![0x50, 0x51, 0x52, 0x56, 0x57, 0x41, 0x53]; // push rax, rcx, rdx, rsi, rdi, r11
-    for (opcode, value) in [(0xb8, libc::SYS_poll as i32), (0xbf, 0), (0xbe, 0), (0xba, wait_ms)] {
-        code.push(opcode); // mov eax, edi, esi, edx
+    // The number of the call comes last, as in the C library: by it a wait that was restarted is known.
+    for (opcode, value) in [(0xbf, 0), (0xbe, 0), (0xba, wait_ms), (0xb8, libc::SYS_poll as i32)] {
+        code.push(opcode); // mov edi, esi, edx, eax
         code.extend(value.to_le_bytes());
     }
     code.extend([0x0f, 0x05]); // syscall
@@ -206,9 +207,17 @@ fn gate(place: RunAddr, entry: RunAddr, at_most: Duration) -> Vec<u8> {
 /// Whether these bytes are a gate, which may be in use or may be one that a dyni which was killed left behind.
 pub(crate) fn is_gate(bytes: &[u8]) -> bool {
     let like = gate(RunAddr(0), RunAddr(0), Duration::ZERO);
-    // Up to the time that is waited, and the jump.
     let same = |range: std::ops::Range<usize>| bytes.get(range.clone()).is_some_and(|b| b == &like[range]);
-    same(0..AFTER_WAIT as usize - 6) && same(like.len() - 14..like.len() - 8)
+    // All but the time that is waited and the addresses.
+    let time_end = AFTER_WAIT as usize - 7;
+    same(0..time_end - 4) && same(time_end..AFTER_WAIT as usize) && same(like.len() - 14..like.len() - 8)
+}
+
+/// Whether a thread that is stopped here waits in a gate: then none of the program's own code has run in it, and the loader
+/// is done.
+pub(crate) fn waits_in_gate(memory: &Memory, rip: RunAddr) -> bool {
+    let gate = RunAddr(rip.0.wrapping_sub(AFTER_WAIT));
+    memory.read_vec(gate, trampoline::LEN).is_ok_and(|bytes| is_gate(&bytes))
 }
 
 /// A gate in a program that runs.

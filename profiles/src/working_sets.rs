@@ -11,7 +11,8 @@ use rusqlite::{OptionalExtension, params};
 /// What the archive has for a program that is about to start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ForStart {
-    /// The newest layout plan for a program of this name and this build of its executable.
+    /// The newest layout plan for a program of this name: one that has this build of its executable, or else any, as the
+    /// libraries that it is for may be the same.
     pub plan: Option<BlobId>,
     /// What it touches, if reading ahead by that helps it.
     pub working_set: Option<BlobId>,
@@ -24,10 +25,10 @@ impl Archive {
     /// If the archive can't be read.
     pub fn for_start(&self, program: &str, build: Option<&BuildId>, executable: &FileKey) -> Result<ForStart> {
         let found = (|| {
-            let plan = "SELECT p.blob FROM plan_modules m JOIN plans p ON p.blob = m.plan
-                 WHERE m.build_id = ?1 AND p.program = ?2 AND p.kind = 'layout' ORDER BY p.seq DESC LIMIT 1";
-            let of_build = |id: &BuildId| self.conn.query_row(plan, [&id.hex(), program], |row| Ok(blob_id(row, 0)));
-            let plan = build.map(of_build).transpose().optional()?.flatten().flatten();
+            let plan = "SELECT p.blob FROM plans p WHERE p.program = ?1 AND p.kind = 'layout' ORDER BY
+                 EXISTS (SELECT 1 FROM plan_modules m WHERE m.plan = p.blob AND m.build_id = ?2) DESC, p.seq DESC LIMIT 1";
+            let build = build.map(BuildId::hex).unwrap_or_default();
+            let plan = self.conn.query_row(plan, [program, &build], |row| Ok(blob_id(row, 0))).optional()?.flatten();
             let set = "SELECT blob FROM working_sets WHERE executable = ?1 AND helps ORDER BY seq DESC LIMIT 1";
             let set = self.conn.query_row(set, [&executable.text()], |row| Ok(blob_id(row, 0))).optional()?.flatten();
             Ok(ForStart { plan, working_set: set })

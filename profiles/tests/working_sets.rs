@@ -49,6 +49,30 @@ fn it_is_found_by_its_executable_and_replaced_by_its_successor() {
 }
 
 #[test]
+fn a_plan_for_this_build_comes_first_and_one_for_libraries_will_do() {
+    use dyni_schema::{ModulePlan, Plan, PlanKind};
+    let dir = tempfile::tempdir().expect("a folder");
+    let mut archive = Archive::open(&dir.path().join("a.db")).expect("open");
+    let plan = |kind, n: u8| Plan {
+        program: "clang".into(),
+        kind,
+        passes: Vec::new(),
+        profile: [0; 32],
+        modules: vec![ModulePlan { build_id: BuildId(vec![n; 20]), name: "m".into(), functions: Vec::new() }],
+    };
+    let of = |archive: &Archive, program: &str, n: u8| {
+        archive.for_start(program, Some(&BuildId(vec![n; 20])), &build(n)).expect("ask").plan
+    };
+    assert_eq!(of(&archive, "clang", 1), None);
+    let exact = archive.put_plan(&plan(PlanKind::Layout, 1)).expect("put");
+    let newer = archive.put_plan(&plan(PlanKind::Layout, 2)).expect("put");
+    archive.put_plan(&plan(PlanKind::Counting, 1)).expect("put");
+    assert_eq!(of(&archive, "clang", 1), Some(exact));
+    assert_eq!(of(&archive, "clang", 3), Some(newer));
+    assert_eq!(of(&archive, "gcc", 1), None);
+}
+
+#[test]
 fn what_does_not_help_is_kept_and_not_handed_out() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("a.db");
