@@ -58,8 +58,7 @@ fn plain(d: &Dyni, command: &Path, args: &[&str]) -> Command {
     c
 }
 
-/// Forges a plan for any program: the plan of another build's process, with this one's identity, would not do, so it is a
-/// recording of the program itself, which a victim that serves makes.
+/// A victim, and an archive with a plan for it.
 fn with_plan(name: &str) -> Result<(Dyni, PathBuf), String> {
     let exe = build::victim(name, &variant::gcc_o2)?;
     let victim = Victim::start(&exe)?;
@@ -179,9 +178,9 @@ fn the_process_becomes_the_program() {
 #[test]
 fn nobody_waits_for_the_helper() {
     let d = Dyni::new();
-    // `sleep` is still in its session, learned for an hour, when the first program's output must be over.
+    // It is learned until its end, or for an hour; and what it leaves behind runs on.
     let mut command =
-        through(&d, &["--learn", "--duration", "1h"], Path::new("sh"), &["-c", "echo done; sleep 60 >&- 2>&- & "]);
+        through(&d, &["--learn", "--duration", "1h"], Path::new("sh"), &["-c", "echo done; sleep 3 >&- 2>&- & "]);
     let out = command.output().expect("run");
     assert_eq!(text(&out.stdout), "done\n");
     assert!(out.status.success());
