@@ -170,7 +170,10 @@ pub fn apply_group_with(
 
 /// Applies to one process. One that maps something in the very moment has changed since the code was placed: then all is
 /// placed anew.
-fn patiently(applier: &mut Applier<'_>, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
+///
+/// # Errors
+/// Why it could not be changed.
+pub fn patiently(applier: &mut Applier<'_>, pid: i32, choice: &Choice) -> Result<Applied, ApplyError> {
     for _ in 1..ATTEMPTS {
         match applier.apply_chosen(pid, choice) {
             Err(ApplyError::Changed(_)) => {}

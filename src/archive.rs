@@ -3,6 +3,9 @@
 //! Everything printed may come from another host: text is cleaned of control characters before it reaches a terminal.
 
 mod show;
+mod working_set;
+
+pub use working_set::WorkingSetReport;
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -28,11 +31,11 @@ pub struct ArchiveArgs {
 /// The subcommands of `dyni archive`.
 #[derive(Debug, Subcommand)]
 pub enum ArchiveCommand {
-    /// List profiles and plans, the newest first
+    /// List profiles, plans and working sets, the newest first
     Ls(LsArgs),
-    /// Show what a profile or plan holds
+    /// Show what a profile, a plan or a working set holds
     Show(ShowArgs),
-    /// Remove profiles and plans
+    /// Remove profiles, plans and working sets
     Rm(RmArgs),
     /// Remove what is old, and the oldest until the rest fits
     Gc(GcArgs),
@@ -86,6 +89,7 @@ pub fn run(args: ArchiveArgs, archive_path: &Path, json: bool) -> anyhow::Result
         ArchiveCommand::Show(args) => match show::show(&args.id, archive_path)? {
             show::Shown::Profile(report) => print(&*report, json),
             show::Shown::Plan(report) => print(&*report, json),
+            show::Shown::WorkingSet(report) => print(&*report, json),
         },
         ArchiveCommand::Rm(args) => print(&rm(args, archive_path)?, json),
         ArchiveCommand::Gc(args) => print(&gc(args, archive_path)?, json),
@@ -110,7 +114,7 @@ struct LsReport {
     exists: bool,
     /// The sealed bytes of all entries together.
     bytes: u64,
-    /// Profiles, then plans, each the newest first.
+    /// Profiles, then plans, then working sets, each the newest first.
     entries: Vec<EntryReport>,
 }
 
@@ -142,6 +146,19 @@ enum EntryReport {
         bytes: u64,
         stored_s: u64,
     },
+    /// `"kind": "working set"`
+    #[serde(rename = "working set")]
+    WorkingSet {
+        id: String,
+        program: String,
+        executable: String,
+        mode: String,
+        recordings: u64,
+        files: u64,
+        pages: u64,
+        bytes: u64,
+        stored_s: u64,
+    },
 }
 
 impl From<&Entry> for EntryReport {
@@ -166,6 +183,17 @@ impl From<&Entry> for EntryReport {
                 profile: p.profile.map(|id| id.hex()),
                 functions: p.functions,
                 build_ids: p.build_ids.iter().map(|id| id.hex()).collect(),
+                bytes: p.bytes,
+                stored_s: p.stored_s,
+            },
+            Entry::WorkingSet(p) => Self::WorkingSet {
+                id: p.id.hex(),
+                program: p.program.clone(),
+                executable: p.executable.clone(),
+                mode: p.mode.clone(),
+                recordings: p.recordings,
+                files: p.files,
+                pages: p.pages,
                 bytes: p.bytes,
                 stored_s: p.stored_s,
             },
@@ -226,6 +254,11 @@ fn table(entries: &[EntryReport], paint: Paint) -> String {
                 let count = plural(*functions, "function", "functions");
                 let what = format!("{}, {count}, {}", clean(purpose), short(&passes.join(" ")));
                 (id, "plan", program, *stored_s, *bytes, what)
+            }
+            EntryReport::WorkingSet { id, program, recordings, files, pages, bytes, stored_s, .. } => {
+                let (pages, files) = (plural(*pages, "page", "pages"), plural(*files, "file", "files"));
+                let what = format!("{pages} of {files}, {}", plural(*recordings, "recording", "recordings"));
+                (id, "working set", program, *stored_s, *bytes, what)
             }
         };
         let id = id.get(..BlobId::SHORT).unwrap_or(id);

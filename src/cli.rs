@@ -1,5 +1,6 @@
 //! The command line: the one definition that the parser, the help, the man pages and the completions come from.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,6 +25,29 @@ pub struct Cli {
     /// Print the names of the places at which tests can make dyni fail
     #[arg(long, hide = true)]
     pub list_failpoints: bool,
+}
+
+impl Cli {
+    /// What `dyni exec -- COMMAND …` means, with the environment's archive.
+    pub fn for_exec(command: Vec<OsString>) -> Self {
+        let archive = std::env::var_os("DYNI_ARCHIVE").filter(|v| !v.is_empty()).map(PathBuf::from);
+        let global =
+            Global { json: false, quiet: false, verbose: 0, archive, config: None, socket: None, direct: false };
+        let args = ExecArgs { command, ..ExecArgs::default() };
+        Self { global, command: Some(Command::Exec(args)), list_failpoints: false }
+    }
+}
+
+impl Default for ExecArgs {
+    fn default() -> Self {
+        Self {
+            wait: Duration::from_millis(3),
+            learn: false,
+            duration: Duration::from_secs(10),
+            early: false,
+            command: Vec::new(),
+        }
+    }
 }
 
 const AFTER_HELP: &str = "\
@@ -71,6 +95,8 @@ pub enum Command {
     Apply(ApplyArgs),
     /// Record, analyze and apply in one go
     Optimize(OptimizeArgs),
+    /// Start a program with what is stored for it: its plan, its working set
+    Exec(ExecArgs),
     /// Run the daemon: find programs worth optimising, optimise them, follow their work
     Daemon(DaemonArgs),
     /// Start the daemon in the background
@@ -140,6 +166,9 @@ pub struct RecordArgs {
     /// How
     #[arg(long, default_value = "auto", value_enum)]
     pub method: MethodArg,
+    /// Record which pages of its files it has touched by then, instead of where its time goes
+    #[arg(long, conflicts_with_all = ["method", "label"])]
+    pub working_set: bool,
     /// What to call the recording
     #[arg(long, default_value = "", value_name = "TEXT", hide_default_value = true)]
     pub label: String,
@@ -198,6 +227,28 @@ pub struct OptimizeArgs {
     /// Print a JSON document at the beginning of each step
     #[arg(long, hide = true, requires = "json")]
     pub phases: bool,
+}
+
+/// `dyni exec`
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The longest that the program waits, at its first instruction, for its plan to be in force; a plan that takes longer
+    /// is applied while it runs
+    #[arg(long, default_value = "3ms", value_parser = duration::parse, value_name = "TIME")]
+    pub wait: Duration,
+    /// Record which pages of its files the program touches, and keep that for its next starts; this once it runs without
+    /// its plan
+    #[arg(long)]
+    pub learn: bool,
+    /// Until when after the start pages are recorded
+    #[arg(long, default_value = "10s", value_parser = duration::parse, value_name = "TIME")]
+    pub duration: Duration,
+    /// Read what it will need before it starts rather than while it starts
+    #[arg(long, conflicts_with = "learn")]
+    pub early: bool,
+    /// The program and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
 }
 
 /// `dyni daemon` and `dyni start`
@@ -387,6 +438,13 @@ mod tests {
             let cli = Cli::try_parse_from([&["dyni"], &words[..]].concat()).unwrap();
             assert!(cli.global.json);
         }
+    }
+
+    #[test]
+    fn a_command_in_short_has_the_defaults() {
+        let long = Cli::try_parse_from(["dyni", "exec", "--", "ls", "-l"]).unwrap();
+        let short = Cli::for_exec(["ls", "-l"].map(OsString::from).to_vec());
+        assert_eq!(format!("{:?}", long.command), format!("{:?}", short.command));
     }
 
     #[test]

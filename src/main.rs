@@ -18,6 +18,7 @@ mod duration;
 mod dynimize;
 mod errors;
 mod examine;
+mod exec;
 mod gain;
 mod huge_text;
 mod interrupt;
@@ -50,6 +51,12 @@ use store::Store;
 
 fn main() -> ExitCode {
     errors::install_panic_hook();
+    if let Some(command) = exec::in_short(std::env::args_os()) {
+        let cli = Cli::for_exec(command);
+        let out = Output::new(&cli.global);
+        // The parser's tables alone take longer to build than a small program runs.
+        return ending(catch_unwind(AssertUnwindSafe(|| run(cli, out))), out);
+    }
     let words = match dynimize::translate(std::env::args_os().collect()) {
         Ok(dynimize::Line::Words(words)) => words,
         Ok(dynimize::Line::Answer(text)) => {
@@ -67,7 +74,11 @@ fn main() -> ExitCode {
         Err(e) => return not_parsed(&e),
     };
     let out = Output::new(&cli.global);
-    match catch_unwind(AssertUnwindSafe(|| run(cli, out))) {
+    ending(catch_unwind(AssertUnwindSafe(|| run(cli, out))), out)
+}
+
+fn ending(result: std::thread::Result<Result<(), Failure>>, out: Output) -> ExitCode {
+    match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(failure)) => {
             failure.print(out.json());
@@ -104,6 +115,7 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Analyze(args) => analyze::run(&args, &store, out),
         Command::Apply(args) => apply::run(&args, &store, out),
         Command::Optimize(args) => optimize::run(&args, &store, out),
+        Command::Exec(args) => exec::run(&args, &store, out),
         Command::Daemon(args) => daemon::run(&args, config, &contact, store.path()?),
         Command::Start(args) => control::start(&args, config, &contact, &store.path()?, out),
         Command::Stop => control::stop(&contact, out),
@@ -139,6 +151,7 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Record(_)
         | Command::Apply(_)
         | Command::Optimize(_)
+        | Command::Exec(_)
         | Command::Undo(_)
         | Command::Symbols(_)
         | Command::Daemon(_)

@@ -1,5 +1,7 @@
 //! `dyni record`: where a program's time goes, kept as a profile.
 
+mod working_set;
+
 use dyni_applier::{Resolver, State};
 use dyni_collector::attribution::bounded;
 use dyni_collector::record::{MethodChoice, Progress, RecordOptions, Recording, StopReason};
@@ -60,6 +62,9 @@ struct ModuleReport {
 /// # Errors
 /// There is no such program, no sampler, no samples, or the archive can't be written.
 pub fn run(args: &RecordArgs, store: &Store, out: Output) -> Result<(), Failure> {
+    if args.working_set {
+        return working_set::run(args, store, out);
+    }
     let mut group = find(&args.pid)?;
     store.check_writable()?;
     let (mut recording, binaries) = profile_group(&mut group, args.duration, args.method, &args.label, out)?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use dyni_collector::{Target, TargetError};
 use dyni_profiles::{Archive, ArchiveError, Category, archive_path};
 use dyni_schema::envelope::{BlobId, BlobPrefix, seal};
-use dyni_schema::{Plan, Profile};
+use dyni_schema::{FileKey, Plan, Profile, WorkingSet};
 
 use crate::errors::Failure;
 
@@ -86,6 +86,22 @@ impl Store {
         Ok(())
     }
 
+    /// Keeps a working set; its id.
+    ///
+    /// # Errors
+    /// The archive can't be written.
+    pub fn keep_working_set(&self, set: &WorkingSet) -> Result<BlobId, Failure> {
+        Ok(self.write()?.put_working_set(set)?)
+    }
+
+    /// The working set of an executable; `None` if nothing of it has been learned.
+    ///
+    /// # Errors
+    /// The archive can't be read.
+    pub fn working_set_of(&self, executable: &FileKey) -> Result<Option<WorkingSet>, Failure> {
+        Ok(self.read()?.working_set_of(executable)?)
+    }
+
     /// Throws a plan away.
     ///
     /// # Errors
@@ -105,6 +121,15 @@ impl Store {
         let id = archive.find_profile(words.unwrap_or("latest"))?;
         let (id, profile) = archive.profile(&BlobPrefix::from(id))?;
         Ok((id.hex(), profile))
+    }
+
+    /// The plan with exactly this id.
+    ///
+    /// # Errors
+    /// There is none, or the archive can't be read.
+    pub fn plan_of(&self, id: BlobId) -> Result<StoredPlan, Failure> {
+        let (id, plan) = self.read()?.plan(&id.into())?;
+        Ok(StoredPlan { id: id.hex(), plan })
     }
 
     /// The plan with this id, by default the newest one that was made for what `target` runs.

@@ -10,6 +10,7 @@
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
 //! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls;
 //! - [`apply_huge_text`]: original code on huge pages;
+//! - [`start`]: a program from its exec to its first instruction;
 //! - [`symbols`]: what debuggers and profilers have to be told of the copies.
 
 mod apply;
@@ -33,6 +34,7 @@ pub mod remote;
 mod resolve;
 mod room;
 pub mod shortcuts;
+pub mod start;
 mod status;
 mod swap;
 pub mod symbols;

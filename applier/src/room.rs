@@ -5,6 +5,7 @@
 
 use crate::patch;
 use crate::remote::{Memory, RemoteError, Stopped, trampoline};
+use crate::start;
 use dyni_collector::maps::{Mapping, mappings};
 use dyni_schema::RunAddr;
 use std::fs::File;
@@ -30,8 +31,8 @@ impl Room {
     }
 }
 
-/// Finds room in some module of the process. A trampoline that a killed dyni left is passed over: a thread may still come
-/// back to it from a signal handler.
+/// Finds room in some module of the process. A trampoline or gate that is there is passed over: a thread may
+/// still come to it.
 ///
 /// # Errors
 /// [`RemoteError::NoRoom`] if all segments happen to end flush with a page; [`RemoteError::Died`] if nothing is left of it.
@@ -68,10 +69,15 @@ fn rooms(pid: i32, memory: &Memory) -> Vec<(Room, bool, PathBuf, u64)> {
             let Ok(bytes) = memory.read_vec(RunAddr(at), trampoline::LEN) else { break };
             let offset = map.offset + (at - map.range.start);
             let file = format!("/proc/{pid}/map_files/{:x}-{:x}", map.range.start, map.range.end);
-            rooms.push((Room { at: RunAddr(at) }, trampoline::is_one(&bytes), file.into(), offset));
+            rooms.push((Room { at: RunAddr(at) }, is_ours(&bytes), file.into(), offset));
         }
     }
     rooms
+}
+
+/// Whether a dyni has left these bytes: a trampoline, or the gate of a program that starts.
+fn is_ours(bytes: &[u8]) -> bool {
+    trampoline::is_one(bytes) || start::is_gate(bytes)
 }
 
 /// Puts back what a trampoline that a killed dyni left has overwritten, unless a thread is in it or may yet come back to

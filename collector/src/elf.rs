@@ -20,6 +20,7 @@ const MAX_TEXT: u64 = 1 << 30;
 pub const PAGE: u64 = 4096;
 
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const PF_X: u32 = 1;
 const NT_GNU_BUILD_ID: u32 = 3;
@@ -169,6 +170,32 @@ pub fn facts(file: &File) -> Result<ElfFacts, ElfError> {
         None => hash_text(&read, &segments)?,
     };
     Ok(ElfFacts { segments, build_id })
+}
+
+/// What can be told of a program that is to be started without reading much of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartFacts {
+    /// Its build-id note, if it has one.
+    pub build_id: Option<BuildId>,
+    /// Whether a dynamic loader starts it.
+    pub has_loader: bool,
+}
+
+/// What can be told of a program that is to be started.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn start_facts(file: &File) -> Result<StartFacts, ElfError> {
+    let read = |offset: u64, bytes: &mut [u8]| file.read_at(bytes, offset);
+    let header = header(&read)?;
+    let (table, count) = (u64_at(&header, 32), u16_at(&header, 56));
+    let (_, build_id) = tables(&read)?;
+    let mut has_loader = false;
+    for i in 0..u64::from(count) {
+        let kind: [u8; 4] = exactly(&read, table.saturating_add(56 * i))?;
+        has_loader |= u32_at(&kind, 0) == PT_INTERP;
+    }
+    Ok(StartFacts { build_id, has_loader })
 }
 
 /// The facts of an ELF file of which only parts can be read (live memory), so that only its note can identify it: the

@@ -1,4 +1,19 @@
-//! Working sets: which pages of a file a program touches, and reading them before they are missed.
+//! Working sets: which pages of its files a program touches after its start, and reading them before they are missed.
 //!
-//! The recorders, the modes and the prefetcher come with the working-set work; the schema already has their place
-//! (`dyni_schema::working_set`).
+//! - [`record`]: which pages a process has touched, by looks at its page tables;
+//! - [`mod@merge`]: several recordings as one, the newer ones counting for more;
+//! - [`mod@prefetch`]: reading what is not in memory yet, in file order, within a budget;
+//! - [`files`]: whether a file is still the one that was learned;
+//! - [`strip`]: a working set as people see it.
+//!
+//! Nothing here ever maps a file of the program's: one that is truncated meanwhile can do no harm.
+
+pub mod files;
+pub mod merge;
+pub mod prefetch;
+pub mod record;
+pub mod strip;
+
+pub use merge::merge;
+pub use prefetch::{Budget, Fetched, prefetch};
+pub use record::Recording;

@@ -2,8 +2,8 @@
 
 use crate::db::{self, PATIENCE, sql};
 use crate::entry::{
-    Entry, PLAN_COLUMNS, PROFILE_COLUMNS, PlanEntry, ProfileEntry, ReadRow, blob_id, plan_entry, profile_entry, raw,
-    text,
+    Entry, PLAN_COLUMNS, PROFILE_COLUMNS, PlanEntry, ProfileEntry, ReadRow, WORKING_SET_COLUMNS, blob_id, plan_entry,
+    profile_entry, raw, text, working_set_entry,
 };
 use crate::error::{ArchiveError, Result};
 use dyni_schema::envelope::{self, BlobId, BlobPrefix, Kind, OpenError, Record};
@@ -41,6 +41,15 @@ impl Archive {
     /// [`ArchiveError::Missing`] if there is none, else as [`Archive::open`].
     pub fn open_read_only(path: &Path) -> Result<Self> {
         Ok(Self { conn: db::open_read_only(path, PATIENCE)?, path: path.to_owned() })
+    }
+
+    /// Opens the archive for one quick look whose answer is a hint: it may be older than the newest write, or fail while
+    /// somebody writes. What is then read by its id is checked as ever.
+    ///
+    /// # Errors
+    /// As [`Archive::open_read_only`].
+    pub fn open_for_a_look(path: &Path) -> Result<Self> {
+        Ok(Self { conn: db::open_for_a_look(path, PATIENCE)?, path: path.to_owned() })
     }
 
     /// Where it lies.
@@ -92,7 +101,7 @@ impl Archive {
         })
     }
 
-    fn put(
+    pub(crate) fn put(
         &mut self,
         kind: Kind,
         sealed: &[u8],
@@ -208,7 +217,7 @@ impl Archive {
         Ok(rows.into_iter().map(|row| row.1).collect())
     }
 
-    /// Everything in the archive, newest first: profiles, then plans. `program` limits it to one.
+    /// Everything in the archive, newest first: profiles, then plans, then working sets. `program` limits it to one.
     ///
     /// # Errors
     /// If the archive can't be read.
@@ -219,7 +228,9 @@ impl Archive {
         let mut plans: Vec<PlanEntry> = plans.into_iter().map(|row| row.1).collect();
         self.fill_build_ids(plans.iter_mut())?;
         let profiles = profiles.into_iter().map(|row| Entry::Profile(row.1));
-        Ok(profiles.chain(plans.into_iter().map(Entry::Plan)).collect())
+        let sets = self.rows(&format!("SELECT {WORKING_SET_COLUMNS} {filter}"), program, working_set_entry)?;
+        let sets = sets.into_iter().map(|row| Entry::WorkingSet(row.1));
+        Ok(profiles.chain(plans.into_iter().map(Entry::Plan)).chain(sets).collect())
     }
 
     fn rows<T>(&self, query: &str, parameter: Option<&str>, read: fn(&Row<'_>) -> ReadRow<T>) -> Result<Vec<(i64, T)>> {
@@ -295,7 +306,7 @@ impl Archive {
     }
 
     /// The one record whose id begins so, and its kind.
-    fn resolve(&self, prefix: &BlobPrefix, wanted: Option<Kind>) -> Result<(BlobId, Kind)> {
+    pub(crate) fn resolve(&self, prefix: &BlobPrefix, wanted: Option<Kind>) -> Result<(BlobId, Kind)> {
         let (low, high) = prefix.range();
         let query = "SELECT id, kind FROM blobs WHERE id BETWEEN ?1 AND ?2 ORDER BY id";
         let rows = self.conn.prepare_cached(query).and_then(|mut statement| {
@@ -321,7 +332,8 @@ impl Archive {
         }
     }
 
-    fn load<T: Record>(&self, id: BlobId) -> Result<T> {
+    /// The record with exactly this id.
+    pub(crate) fn load<T: Record>(&self, id: BlobId) -> Result<T> {
         let kind = T::KIND;
         let bad = |why| ArchiveError::BadRecord { id, kind, why };
         // The length first: it is known without reading the bytes.
@@ -351,6 +363,7 @@ pub(crate) fn remove_rows(tx: &Transaction<'_>, id: &BlobId) -> rusqlite::Result
     tx.execute("DELETE FROM plan_modules WHERE plan = ?1", [id.0])?;
     tx.execute("DELETE FROM profiles WHERE blob = ?1", [id.0])?;
     tx.execute("DELETE FROM plans WHERE blob = ?1", [id.0])?;
+    tx.execute("DELETE FROM working_sets WHERE blob = ?1", [id.0])?;
     tx.execute("DELETE FROM blobs WHERE id = ?1", [id.0])?;
     Ok(())
 }

@@ -19,8 +19,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 const APPLICATION_ID: i64 = 0x6479_6e69;
 
 /// The formats, oldest first; their number is the file's `user_version`. An entry that was released never changes.
-const MIGRATIONS: &[M<'static>] = &[M::up(
-    "
+const MIGRATIONS: &[M<'static>] = &[
+    M::up(
+        "
     PRAGMA application_id = 0x64796e69;
     -- A blob is immutable and named by its own BLAKE3 hash. The bytes come last, so that the other columns are read
     -- without walking through them.
@@ -68,7 +69,27 @@ const MIGRATIONS: &[M<'static>] = &[M::up(
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX plan_modules_plan ON plan_modules (plan);
     ",
-)];
+    ),
+    M::up(
+        "
+    -- One for each executable and class of arguments.
+    CREATE TABLE working_sets (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        blob BLOB NOT NULL UNIQUE REFERENCES blobs (id),
+        stored_s INTEGER NOT NULL,
+        program TEXT NOT NULL,
+        executable TEXT NOT NULL,
+        mode TEXT NOT NULL,
+        recordings INTEGER NOT NULL,
+        files INTEGER NOT NULL,
+        pages INTEGER NOT NULL,
+        helps INTEGER NOT NULL,
+        UNIQUE (executable, mode)
+    ) STRICT;
+    CREATE INDEX working_sets_program ON working_sets (program);
+    ",
+    ),
+];
 
 const NEWEST: i64 = MIGRATIONS.len() as i64;
 
@@ -130,6 +151,18 @@ pub(crate) fn open_read_only(path: &Path, patience: Duration) -> Result<Connecti
             look(path, patience)
         }
     }
+}
+
+/// Opens the archive for one look whose answer need not be the newest: without locks and the files that they need, where
+/// nobody is writing. A writer that begins meanwhile can make the look fail, or make it miss what it writes.
+pub(crate) fn open_for_a_look(path: &Path, patience: Duration) -> Result<Connection> {
+    if wal_is_empty(path)
+        && let Ok(conn) = look_immutable(path, patience)
+        && matches!(state(&conn, path), Ok(State::Current))
+    {
+        return Ok(conn);
+    }
+    open_read_only(path, patience)
 }
 
 fn look(path: &Path, patience: Duration) -> Result<Connection> {

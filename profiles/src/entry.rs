@@ -18,6 +18,8 @@ pub enum Entry {
     Profile(ProfileEntry),
     /// A plan.
     Plan(PlanEntry),
+    /// A working set.
+    WorkingSet(WorkingSetEntry),
 }
 
 /// What the archive knows of a profile without opening it.
@@ -66,6 +68,29 @@ pub struct PlanEntry {
     pub build_ids: Vec<BuildId>,
 }
 
+/// What the archive knows of a working set without opening it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkingSetEntry {
+    /// Its id.
+    pub id: BlobId,
+    /// The length of its sealed bytes.
+    pub bytes: u64,
+    /// When it was stored, seconds since 1970-01-01 UTC.
+    pub stored_s: u64,
+    /// The program's name.
+    pub program: String,
+    /// What identifies its executable: the text of a [`dyni_schema::FileKey`].
+    pub executable: String,
+    /// The class of arguments that it is for; empty if for any.
+    pub mode: String,
+    /// How many recordings it was learned from.
+    pub recordings: u64,
+    /// How many files it names.
+    pub files: u64,
+    /// How many pages (of 4096 bytes) of them.
+    pub pages: u64,
+}
+
 impl Entry {
     /// Its id.
     #[must_use]
@@ -73,6 +98,7 @@ impl Entry {
         match self {
             Self::Profile(p) => p.id,
             Self::Plan(p) => p.id,
+            Self::WorkingSet(p) => p.id,
         }
     }
 
@@ -82,6 +108,7 @@ impl Entry {
         match self {
             Self::Profile(_) => Kind::Profile,
             Self::Plan(_) => Kind::Plan,
+            Self::WorkingSet(_) => Kind::WorkingSet,
         }
     }
 
@@ -91,6 +118,7 @@ impl Entry {
         match self {
             Self::Profile(p) => &p.program,
             Self::Plan(p) => &p.program,
+            Self::WorkingSet(p) => &p.program,
         }
     }
 
@@ -100,6 +128,7 @@ impl Entry {
         match self {
             Self::Profile(p) => p.bytes,
             Self::Plan(p) => p.bytes,
+            Self::WorkingSet(p) => p.bytes,
         }
     }
 
@@ -109,6 +138,7 @@ impl Entry {
         match self {
             Self::Profile(p) => p.stored_s,
             Self::Plan(p) => p.stored_s,
+            Self::WorkingSet(p) => p.stored_s,
         }
     }
 }
@@ -120,6 +150,9 @@ pub(crate) const PROFILE_COLUMNS: &str = "p.seq, p.blob, b.size, p.stored_s, sub
 pub(crate) const PLAN_COLUMNS: &str = "p.seq, p.blob, b.size, p.stored_s, substr(p.program, 1, 4096),
     substr(p.kind, 1, 64), substr(p.passes, 1, 4096), p.profile, p.functions
     FROM plans p JOIN blobs b ON b.id = p.blob";
+pub(crate) const WORKING_SET_COLUMNS: &str = "p.seq, p.blob, b.size, p.stored_s, substr(p.program, 1, 4096),
+    substr(p.executable, 1, 4096), substr(p.mode, 1, 4096), p.recordings, p.files, p.pages
+    FROM working_sets p JOIN blobs b ON b.id = p.blob";
 
 pub(crate) fn profile_entry(row: &Row<'_>) -> ReadRow<ProfileEntry> {
     let Some(id) = blob_id(row, 1) else { return Ok(None) };
@@ -149,6 +182,22 @@ pub(crate) fn plan_entry(row: &Row<'_>) -> ReadRow<PlanEntry> {
         profile: blob_id(row, 7).filter(|id| id.0 != [0; 32]),
         functions: number(row, 8)?,
         build_ids: Vec::new(),
+    };
+    Ok(Some((row.get(0)?, entry)))
+}
+
+pub(crate) fn working_set_entry(row: &Row<'_>) -> ReadRow<WorkingSetEntry> {
+    let Some(id) = blob_id(row, 1) else { return Ok(None) };
+    let entry = WorkingSetEntry {
+        id,
+        bytes: number(row, 2)?,
+        stored_s: number(row, 3)?,
+        program: text(row, 4)?,
+        executable: text(row, 5)?,
+        mode: text(row, 6)?,
+        recordings: number(row, 7)?,
+        files: number(row, 8)?,
+        pages: number(row, 9)?,
     };
     Ok(Some((row.get(0)?, entry)))
 }

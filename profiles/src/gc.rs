@@ -51,6 +51,7 @@ impl Archive {
                 let table = match entry {
                     Entry::Profile(_) => "SELECT stored_s FROM profiles WHERE blob = ?1",
                     Entry::Plan(_) => "SELECT stored_s FROM plans WHERE blob = ?1",
+                    Entry::WorkingSet(_) => "SELECT stored_s FROM working_sets WHERE blob = ?1",
                 };
                 let stored: Option<i64> = tx.query_row(table, [entry.id().0], |row| row.get(0)).optional()?;
                 if stored.is_none_or(|s| u64::try_from(s).unwrap_or(0) == entry.stored_s()) {
@@ -60,6 +61,7 @@ impl Archive {
             tx.execute_batch(&format!(
                 "DELETE FROM profiles WHERE blob NOT IN (SELECT id FROM blobs);
                  DELETE FROM plans WHERE blob NOT IN (SELECT id FROM blobs);
+                 DELETE FROM working_sets WHERE blob NOT IN (SELECT id FROM blobs);
                  DELETE FROM profile_modules WHERE profile NOT IN (SELECT blob FROM profiles);
                  DELETE FROM plan_modules WHERE plan NOT IN (SELECT blob FROM plans);
                  DELETE FROM blobs WHERE {NOT_FOUND};"
@@ -76,7 +78,8 @@ impl Archive {
         let query = format!(
             "SELECT id, length(bytes) FROM blobs WHERE {NOT_FOUND}
              UNION ALL SELECT blob, 0 FROM profiles WHERE blob NOT IN (SELECT id FROM blobs)
-             UNION ALL SELECT blob, 0 FROM plans WHERE blob NOT IN (SELECT id FROM blobs)"
+             UNION ALL SELECT blob, 0 FROM plans WHERE blob NOT IN (SELECT id FROM blobs)
+             UNION ALL SELECT blob, 0 FROM working_sets WHERE blob NOT IN (SELECT id FROM blobs)"
         );
         let orphans = self.conn.prepare(&query).and_then(|mut statement| {
             let rows = statement.query_map([], |row| {
@@ -107,5 +110,6 @@ impl Archive {
     }
 }
 
-/// A blob that neither table names.
-const NOT_FOUND: &str = "id NOT IN (SELECT blob FROM profiles) AND id NOT IN (SELECT blob FROM plans)";
+/// A blob that no table names.
+const NOT_FOUND: &str = "id NOT IN (SELECT blob FROM profiles) AND id NOT IN (SELECT blob FROM plans)
+    AND id NOT IN (SELECT blob FROM working_sets)";

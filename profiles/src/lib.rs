@@ -8,6 +8,7 @@
 //! - [`entry`]: what is known of a record without opening it
 //! - [`gc`]: what to throw away
 //! - [`mod@merge`]: several recordings of a program as one
+//! - [`working_sets`]: what is kept for programs that start
 //! - [`path`]: where the archive lies
 //! - [`error`]: everything that can go wrong, with what to do about it
 //!
@@ -24,10 +25,12 @@ pub mod error;
 pub mod gc;
 pub mod merge;
 pub mod path;
+pub mod working_sets;
 
 pub use archive::Archive;
-pub use entry::{Entry, PlanEntry, ProfileEntry};
+pub use entry::{Entry, PlanEntry, ProfileEntry, WorkingSetEntry};
 pub use error::{ArchiveError, Category};
 pub use gc::{GcPolicy, GcReport};
 pub use merge::{MergeError, merge};
 pub use path::{archive_path, default_path};
+pub use working_sets::ForStart;

@@ -29,7 +29,7 @@ mod id;
 pub use id::{BlobId, BlobPrefix, NotAnId};
 
 use crate::plan::v1::PlanV1;
-use crate::{Invalid, Plan, Profile};
+use crate::{Invalid, Plan, Profile, WorkingSet};
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
 use rkyv::rancor;
@@ -63,7 +63,7 @@ const CHUNK: usize = 128 << 10;
 pub enum Kind {
     /// What was observed: [`Profile`].
     Profile = 1,
-    /// Which pages a program touches.
+    /// Which pages a program touches: [`WorkingSet`].
     WorkingSet = 2,
     /// What is to be done: [`Plan`].
     Plan = 3,
@@ -268,6 +268,26 @@ pub trait Record: Sized {
 
 impl Record for Profile {
     const KIND: Kind = Kind::Profile;
+    const VERSION: u16 = 1;
+
+    fn to_payload(&self) -> Result<AlignedVec, SealError> {
+        encode(self)
+    }
+
+    fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
+        match version {
+            1 => decode::<Self, Self>(payload),
+            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
+        }
+    }
+
+    fn validate(&self) -> Result<(), Invalid> {
+        Self::validate(self)
+    }
+}
+
+impl Record for WorkingSet {
+    const KIND: Kind = Kind::WorkingSet;
     const VERSION: u16 = 1;
 
     fn to_payload(&self) -> Result<AlignedVec, SealError> {

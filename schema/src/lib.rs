@@ -18,6 +18,7 @@ pub use addr::{CacheAddr, FileOffset, LinkAddr, RunAddr};
 pub use build_id::{BuildId, FunctionHash};
 pub use plan::{CallSite, FunctionPlan, ModulePlan, Plan, PlanKind};
 pub use profile::{Branches, FunctionIndex, Host, Method, ModuleProfile, Profile, Ranges, Samples};
+pub use working_set::{FileKey, FileSet, InodeKey, Recorder, Runs, Usefulness, WorkingSet};
 
 /// A record that breaks a rule its type states: which record, and which rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

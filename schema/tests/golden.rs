@@ -49,3 +49,9 @@ fn plan_version_2() {
     assert_eq!(<dyni_schema::Plan as Record>::VERSION, 2);
     check("plan-v2.dyni", &common::golden_plan(), "06eb275c39b9");
 }
+
+#[test]
+fn working_set_version_1() {
+    assert_eq!(<dyni_schema::WorkingSet as Record>::VERSION, 1);
+    check("working-set-v1.dyni", &common::golden_working_set(), "c52266e7dce0");
+}

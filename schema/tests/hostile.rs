@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::{forge, forge_parts, golden_plan, golden_profile};
+use common::{forge, forge_parts, golden_plan, golden_profile, golden_working_set};
 use dyni_schema::envelope::{self, HEADER_LEN, Kind, OpenError, Record};
-use dyni_schema::{Plan, Profile};
+use dyni_schema::{BuildId, FileKey, Plan, Profile, WorkingSet};
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
 
@@ -187,6 +187,41 @@ proptest! {
         }
         if let Ok(value) = envelope::open::<Plan>(&forge(Kind::Plan, PLAN, &payload)) {
             prop_assert!(value.validate().is_ok());
+        }
+    }
+}
+
+#[test]
+fn a_working_set_that_breaks_its_rules() {
+    let refusal = |change: &dyn Fn(&mut WorkingSet)| {
+        let mut set = golden_working_set();
+        change(&mut set);
+        let bytes = forge(Kind::WorkingSet, 1, &envelope::encode(&set).expect("encode"));
+        envelope::open::<WorkingSet>(&bytes).expect_err("must be refused").to_string()
+    };
+    type Rule<'a> = (&'a dyn Fn(&mut WorkingSet), &'a str);
+    let rules: [Rule<'_>; 9] = [
+        (&|s| s.files[0].runs.first[1] = 15, "runs are not sorted"),
+        (&|s| s.files[0].runs.count[2] = 61, "a run lies outside its file"),
+        (&|s| s.files[0].runs.count[2] = u32::MAX, "a run lies outside its file"),
+        (&|s| s.files[0].runs.count[0] = 0, "a run is empty"),
+        (&|s| s.files[0].runs.seen.truncate(1), "run columns differ in length"),
+        (&|s| s.files.reverse(), "files are not sorted"),
+        (&|s| s.usefulness.used = 91, "more pages were used than read"),
+        (&|s| s.recordings = 0, "it was learned from nothing"),
+        (&|s| s.executable = FileKey::Build(BuildId(Vec::new())), "bad build-id"),
+    ];
+    for (change, rule) in rules {
+        let said = refusal(change);
+        assert!(said.contains(rule), "{said}");
+    }
+    let whole = envelope::seal(&golden_working_set()).expect("seal");
+    for at in HEADER_LEN..whole.len() {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x40;
+        // A frame says some things in more than one way.
+        if let Ok(value) = envelope::open::<WorkingSet>(&bytes) {
+            assert_eq!(value, golden_working_set(), "byte {at}");
         }
     }
 }

@@ -7,7 +7,7 @@ use dyni_schema::envelope::{BlobPrefix, Kind};
 use dyni_schema::{ModulePlan, ModuleProfile, Plan, PlanKind, Profile};
 use serde::Serialize;
 
-use super::{clean, heading, line, short, thousands, utc};
+use super::{WorkingSetReport, clean, heading, line, short, thousands, utc};
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::output::{Align, Paint, Report, Table, human_bytes, plural};
@@ -21,6 +21,8 @@ pub enum Shown {
     Profile(Box<ProfileReport>),
     /// It is a plan.
     Plan(Box<PlanReport>),
+    /// It is a working set.
+    WorkingSet(Box<WorkingSetReport>),
 }
 
 /// Opens the record whose id begins so.
@@ -33,6 +35,9 @@ pub fn show(id: &str, path: &Path) -> Result<Shown, Failure> {
     let (id, kind) = archive.identify(&prefix)?;
     Ok(match kind {
         Kind::Profile => Shown::Profile(Box::new(ProfileReport::new(id.hex(), &archive.profile(&id.into())?.1))),
+        Kind::WorkingSet => {
+            Shown::WorkingSet(Box::new(WorkingSetReport::new(id.hex(), &archive.working_set(&id.into())?.1)))
+        }
         _ => Shown::Plan(Box::new(PlanReport::new(id.hex(), &archive.plan(&id.into())?.1))),
     })
 }

@@ -189,3 +189,39 @@ fn sizes_and_times() {
     assert_eq!(utc(4_107_542_400), "2100-03-01 00:00");
     assert_eq!(utc(u64::MAX), "");
 }
+
+#[test]
+fn a_working_set_is_drawn_and_says_whether_it_helps() {
+    use dyni_schema::{FileKey, FileSet, Recorder, Runs, Usefulness, WorkingSet};
+    let mut runs = Runs::default();
+    (0..8).for_each(|page| runs.push(page, 255, 0));
+    let key = FileKey::Build(BuildId(vec![1; 20]));
+    let file = FileSet { key: key.clone(), path: "/usr/bin/cl\x1bang".into(), size: 16 * 4096, runs };
+    let set = WorkingSet {
+        program: "clang".into(),
+        executable: key,
+        mode: String::new(),
+        recordings: 4,
+        recorder: Recorder::Pagemap,
+        granule: 16,
+        deadline_ns: 2_000_000_000,
+        updated_s: 0,
+        usefulness: Usefulness { starts: 3, read: 100, used: 10 },
+        files: vec![file],
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.db");
+    let id = Archive::open(&path).unwrap().put_working_set(&set).unwrap();
+    let show::Shown::WorkingSet(report) = show::show(&id.short(), &path).unwrap() else { panic!("another kind") };
+    let text = report.text(Paint::PLAIN);
+    for wanted in [
+        "from 4 recordings, by pagemap, up to 2.0 s after the start; one touch may mark 64 KB",
+        "100 pages for 3 starts, 10 of them used: it did not help and is no longer done",
+        "cl\u{fffd}ang  64 KB      8  ████████········",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} is not in {text}");
+    }
+    let listed = ls(&LsArgs { program: None }, &path).unwrap();
+    assert!(listed.text(Paint::PLAIN).contains("8 pages of 1 file, 4 recordings"), "{}", listed.text(Paint::PLAIN));
+    assert_eq!(serde_json::to_value(&listed).unwrap()["entries"][0]["kind"], "working set");
+}

@@ -2,7 +2,8 @@
 //!
 //! A system call may be made wherever a thread happens to stop; a function may not, for it takes locks which that thread
 //! may hold. So a thread is borrowed only where it waits in a system call of the C library that blocks, is no wait for a
-//! lock, and is not inside a signal handler ([`is_safe`]). There the library's own locks are not held by it. In a program
+//! lock, and is not inside a signal handler ([`is_safe`]). There the library's own locks are not held by it; nor in the
+//! gate of a program that starts ([`start`]). In a program
 //! that never waits, a thread will do that is stopped in the program's own code with no library on its stack but where
 //! threads begin ([`Walked::is_in_program`]), if the function and the program share no other locks.
 //!
@@ -18,7 +19,7 @@ use super::stop::{Stragglers, come_to_rest};
 use super::trace::{Registers, Report, Tracee, is_ending, thread_state, threads};
 use super::trampoline::home;
 use super::{Memory, RemoteError, in_own_thread};
-use crate::failpoint;
+use crate::{failpoint, start};
 use dyni_collector::maps::{self, Mapping};
 use dyni_schema::RunAddr;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
@@ -217,7 +218,8 @@ impl Places {
     /// Whether a function may be called by a thread that is stopped with these registers, if it is in no signal handler:
     /// that may have interrupted `malloc` before it came to wait.
     fn is_safe(&self, memory: &Memory, r: &Registers) -> bool {
-        if (r.orig_rax as i64) < 0 || !self.library.iter().any(|l| l.contains(&r.rip)) {
+        let in_library = || self.library.iter().any(|l| l.contains(&r.rip));
+        if (r.orig_rax as i64) < 0 || !(in_library() || start::waits_in_gate(memory, RunAddr(r.rip))) {
             return false;
         }
         // Where our stop alone made the call fail, the thread is back at it ([`dyni_collector::interrupted`]).

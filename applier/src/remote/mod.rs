@@ -14,11 +14,12 @@ mod call;
 pub(crate) mod function;
 mod memory;
 mod stop;
-mod trace;
+pub(crate) mod trace;
 pub(crate) mod trampoline;
 
 pub(crate) use call::Caller;
 pub use memory::Memory;
+pub(crate) use stop::come_to_rest;
 pub use stop::{Stopped, StoppedThread};
 pub(crate) use trace::is_ending;
 

@@ -179,7 +179,7 @@ impl Stragglers {
 }
 
 /// Waits for an interrupted thread to stop, handing it the signals that come first; `false` if it ended instead.
-pub(super) fn come_to_rest(tracee: &mut Tracee) -> Result<bool, RemoteError> {
+pub(crate) fn come_to_rest(tracee: &mut Tracee) -> Result<bool, RemoteError> {
     let start = Instant::now();
     loop {
         match tracee.poll()? {

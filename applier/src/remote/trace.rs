@@ -35,6 +35,21 @@ pub(crate) struct Tracee {
     attached: bool,
     /// It is stopped and has said why; with the signal that it is about to receive, or 0.
     stopped: Option<i32>,
+    /// What the newest stop was for.
+    event: Event,
+}
+
+/// What a [`Report::Stopped`] was for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// It was interrupted.
+    Interrupted,
+    /// The whole process was stopped by a signal (job control).
+    Group,
+    /// It has just become another program, before the first instruction of that.
+    Exec,
+    /// It is about to end; its memory is still there.
+    Exit,
 }
 
 fn ptrace(request: libc::c_uint, tid: i32, data: *mut c_void) -> Result<(), Errno> {
@@ -51,14 +66,23 @@ fn integer(value: i32) -> *mut c_void {
 impl Tracee {
     /// Seizes a running thread; it goes on running.
     pub fn seize(pid: i32, tid: i32) -> Result<Self, RemoteError> {
-        let mut options = libc::PTRACE_O_TRACESYSGOOD;
+        Self::seize_with(pid, tid, 0)
+    }
+
+    /// The same; it also stops at an exec and at its end.
+    pub fn seize_for_events(pid: i32, tid: i32) -> Result<Self, RemoteError> {
+        Self::seize_with(pid, tid, libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACEEXIT)
+    }
+
+    fn seize_with(pid: i32, tid: i32, events: i32) -> Result<Self, RemoteError> {
+        let mut options = libc::PTRACE_O_TRACESYSGOOD | events;
         if sandboxed(tid) {
             // The target's own filter must not judge our system calls. Needs CAP_SYS_ADMIN; without it the seize fails
             // with EPERM and the error says so.
             options |= libc::PTRACE_O_SUSPEND_SECCOMP;
         }
         match ptrace(libc::PTRACE_SEIZE, tid, integer(options)) {
-            Ok(()) => Ok(Self { pid, tid, attached: true, stopped: None }),
+            Ok(()) => Ok(Self { pid, tid, attached: true, stopped: None, event: Event::Interrupted }),
             Err(Errno::EPERM) => match status_field(tid, "TracerPid") {
                 // One that we asked to stop before and that has not come to it yet.
                 Some(tracer) if is_ours(tracer) => Err(RemoteError::Unstoppable { pid, tid }),
@@ -91,6 +115,17 @@ impl Tracee {
     pub fn go_on(&mut self, signal: i32) -> Result<(), RemoteError> {
         self.stopped = None;
         self.request("resuming a thread", libc::PTRACE_CONT, integer(signal))
+    }
+
+    /// Lets a process that a signal has stopped stay so, and reports when it goes on.
+    pub fn stay_stopped(&mut self) -> Result<(), RemoteError> {
+        self.stopped = None;
+        self.request("leaving a thread stopped", libc::PTRACE_LISTEN, integer(0))
+    }
+
+    /// What its newest stop was for.
+    pub fn event(&self) -> Event {
+        self.event
     }
 
     /// Lets it run to the next entry or exit of a system call.
@@ -146,8 +181,14 @@ impl Tracee {
             }
             Err(errno) => Err(RemoteError::from_errno(self.pid, "waiting for a thread", errno)),
             Ok(_) if libc::WIFSTOPPED(status) => {
+                self.event = match (status >> 16, libc::WSTOPSIG(status)) {
+                    (libc::PTRACE_EVENT_EXEC, _) => Event::Exec,
+                    (libc::PTRACE_EVENT_EXIT, _) => Event::Exit,
+                    (libc::PTRACE_EVENT_STOP, signal) if signal != libc::SIGTRAP => Event::Group,
+                    _ => Event::Interrupted,
+                };
                 let report = match (status >> 16, libc::WSTOPSIG(status)) {
-                    // The only event asked for is the stop itself (PTRACE_EVENT_STOP), group stops among them.
+                    // Where nothing else was asked for, the one event is the stop itself, group stops among them.
                     (1.., _) => Report::Stopped,
                     (_, signal) if signal == libc::SIGTRAP | 0x80 => Report::Syscall,
                     (_, signal) => Report::Signal(signal),

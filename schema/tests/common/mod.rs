@@ -4,8 +4,8 @@
 
 use dyni_schema::envelope::{HEADER_LEN, Kind, MAGIC};
 use dyni_schema::{
-    Branches, BuildId, CallSite, FunctionHash, FunctionIndex, FunctionPlan, Host, Method, ModulePlan, ModuleProfile,
-    Plan, PlanKind, Profile, Ranges, Samples,
+    Branches, BuildId, CallSite, FileKey, FileSet, FunctionHash, FunctionIndex, FunctionPlan, Host, InodeKey, Method,
+    ModulePlan, ModuleProfile, Plan, PlanKind, Profile, Ranges, Recorder, Runs, Samples, Usefulness, WorkingSet,
 };
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
@@ -234,6 +234,28 @@ pub fn golden_plan() -> Plan {
                 name: "postgres".into(),
                 functions: vec![function(0x10_1000, 900), function(0x10_0000, 40)],
             },
+        ],
+    }
+}
+
+/// A working set with something in every field; the value of the golden blob, so it never changes.
+pub fn golden_working_set() -> WorkingSet {
+    let runs = Runs { first: vec![0, 16, 40], count: vec![16, 1, 60], weight: vec![255, 7, 128], seen: vec![0, 3, 1] };
+    let file = |key, path: &str| FileSet { key, path: path.into(), size: 99 * 4096 + 1, runs: runs.clone() };
+    let inode = FileKey::Inode(InodeKey { device: (8, 1), inode: 77, size: 99 * 4096 + 1, modified_ns: -5 });
+    WorkingSet {
+        program: "clang-16".into(),
+        executable: FileKey::Build(BuildId(vec![3; 20])),
+        mode: "-c".into(),
+        recordings: 9,
+        recorder: Recorder::Pagemap,
+        granule: 16,
+        deadline_ns: 10_000_000_000,
+        updated_s: 1_700_000_000,
+        usefulness: Usefulness { starts: 2, read: 90, used: 71 },
+        files: vec![
+            file(FileKey::Build(BuildId(vec![3; 20])), "/usr/lib/llvm-16/bin/clang"),
+            file(inode, "/usr/lib/locale/locale-archive"),
         ],
     }
 }
