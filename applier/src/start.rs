@@ -75,12 +75,12 @@ impl Starting {
     }
 
     /// Follows the process to its end, or until `at` answers `false`. It is called while the process stands still at one
-    /// of these moments. A program that has begun already is followed from now on, with `has_begun`.
+    /// of these moments.
     ///
     /// # Errors
     /// It can't be traced any more.
-    pub fn follow(mut self, has_begun: bool, mut at: impl FnMut(Moment) -> bool) -> Result<(), RemoteError> {
-        let mut begun = has_begun;
+    pub fn follow(mut self, mut at: impl FnMut(Moment) -> bool) -> Result<(), RemoteError> {
+        let mut begun = false;
         loop {
             match self.tracee.wait()? {
                 Report::Gone => return Ok(()),

@@ -44,7 +44,7 @@ impl Subject {
 /// Nothing was kept, and why.
 pub fn learn(pid: i32, deadline: Duration, archive: &Path, link: Link) -> Result<String, Failure> {
     let subject = Arc::new(Mutex::new(Subject { recording: Recording::new(pid), program: None }));
-    let moments = follow(pid, subject.clone(), Wanted::Program(link));
+    let moments = follow(pid, subject.clone(), link);
     // Until the exec.
     match moments.recv() {
         Ok(Ok(Moment::Begins)) => {}
@@ -65,10 +65,11 @@ pub fn learn(pid: i32, deadline: Duration, archive: &Path, link: Link) -> Result
     Ok(format!("{pages} of {files} of {name} learned, working set {}", id.short()))
 }
 
-/// Looks which of the pages that were read ahead the command touches, and keeps that beside its working set.
+/// Looks which of the pages that were read ahead the command touches, and keeps that beside its working set. It is not
+/// traced for that, as it could see it: what it touches after the last look before its end is not counted.
 pub fn watch_use(pid: i32, set: WorkingSet, fetched: &Fetched, deadline: Duration, archive: &Path) {
-    let subject = Arc::new(Mutex::new(Subject::of(pid)));
-    let moments = follow(pid, subject.clone(), Wanted::Use);
+    let subject = Mutex::new(Subject::of(pid));
+    let (_nobody, moments) = channel();
     look_until(&subject, &moments, deadline);
     let recording = &locked(&subject).recording;
     let used = |(key, runs): &(_, Vec<(u32, u32)>)| {
@@ -90,36 +91,24 @@ fn locked(subject: &Mutex<Subject>) -> MutexGuard<'_, Subject> {
     subject.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What a command is followed for.
-enum Wanted {
-    /// What it touches, whatever program it becomes. Who waits until it may exec is told by this.
-    Program(Link),
-    /// What it touches of what was read for it; it has begun already.
-    Use,
-}
-
 type Told = Result<Moment, String>;
 
 /// Traces the command in a thread of its own, which takes the last look while the command is about to end. The thread is
-/// not waited for: at the deadline this process ends, and the kernel lets go of the command.
-fn follow(pid: i32, subject: Arc<Mutex<Subject>>, wanted: Wanted) -> Receiver<Told> {
+/// not waited for: at the deadline this process ends, and the kernel lets go of the command. Who waits until it may exec is
+/// told by `link`.
+fn follow(pid: i32, subject: Arc<Mutex<Subject>>, link: Link) -> Receiver<Told> {
     let (send, receive) = channel();
     std::thread::spawn(move || {
-        let whatever_it_becomes = matches!(wanted, Wanted::Program(_));
         let followed = Starting::watch(pid).and_then(|starting| {
-            if let Wanted::Program(link) = wanted {
-                link.ready();
-            }
-            starting.follow(!whatever_it_becomes, |moment| {
+            link.ready();
+            starting.follow(|moment| {
                 match moment {
                     // What can't be seen any more was seen before, or is lost.
                     Moment::Ends => drop(locked(&subject).recording.look()),
-                    Moment::Begins | Moment::Replaced if whatever_it_becomes => *locked(&subject) = Subject::of(pid),
-                    Moment::Begins | Moment::Replaced => {}
+                    Moment::Begins | Moment::Replaced => *locked(&subject) = Subject::of(pid),
                 }
                 // Nobody listens after the deadline.
-                let listens = send.send(Ok(moment)).is_ok();
-                listens && whatever_it_becomes && moment != Moment::Ends
+                send.send(Ok(moment)).is_ok() && moment != Moment::Ends
             })
         });
         if let Err(e) = followed {
