@@ -8,7 +8,8 @@
 //! - [`remote`]: a live process from outside: memory, threads, system calls in its name;
 //! - [`ledger`]: what was done, kept in the target;
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
-//! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls;
+//! - `retire`: what nothing can refer to any more is unmapped;
+//! - [`Applier`], [`undo`], [`sweep`], [`status`], [`counters`], [`Resolver`]: what the command calls;
 //! - [`symbols`]: what debuggers and profilers have to be told of the copies.
 
 mod apply;
@@ -29,6 +30,7 @@ mod patch;
 pub mod place;
 pub mod remote;
 mod resolve;
+mod retire;
 mod room;
 pub mod shortcuts;
 mod status;
@@ -46,6 +48,7 @@ pub use failpoint::FAILPOINTS;
 pub use gain::Gain;
 pub use install::{Applied, AppliedModule};
 pub use resolve::Resolver;
+pub use retire::{Kept, Retired, Swept, sweep};
 pub use status::{ModuleStatus, State, Status, status};
 pub use swap::Swap;
 pub use undo::{Undone, undo};
