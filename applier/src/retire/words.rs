@@ -16,6 +16,9 @@ const PLAIN_BITS: u32 = 24;
 /// Addresses that agree in all bits above these agree, when mangled, in their bytes 5 to 7: bit 23 comes to be bit 40.
 const MANGLED_BITS: u32 = 40 - ROTATION;
 
+/// The upper bytes of addresses below it are all zero.
+const LOW: u64 = 1 << 32;
+
 /// One range of addresses to which references are looked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
@@ -66,7 +69,7 @@ struct Needle {
 pub(super) struct Words {
     targets: Vec<Target>,
     needles: Vec<Needle>,
-    /// Whether there are addresses below 4 GB: their upper bytes are zero, and zeros are everywhere.
+    /// Whether there are addresses below [`LOW`]: zeros are everywhere.
     low: bool,
 }
 
@@ -84,10 +87,10 @@ impl Words {
         };
         let mut low = false;
         for target in targets.iter().filter(|t| !t.range.is_empty()) {
-            if target.range.start >> 32 == 0 {
-                low = true;
-            } else {
-                add(Form::Plain, PLAIN_BITS, 3..8, &target.range);
+            low |= target.range.start < LOW;
+            let high = target.range.start.max(LOW)..target.range.end;
+            if !high.is_empty() {
+                add(Form::Plain, PLAIN_BITS, 3..8, &high);
             }
             for &guard in guards {
                 add(Form::Mangled { guard }, MANGLED_BITS, 5..8, &target.range);
@@ -124,7 +127,7 @@ impl Words {
         if self.low {
             for (at, window) in bytes.windows(8).enumerate() {
                 let word = u64::from_le_bytes(window.try_into().expect("eight bytes"));
-                if word >> 32 == 0 && word != 0 {
+                if word < LOW && word != 0 {
                     tell(word, at);
                 }
             }
