@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from dynibench import bolt, cli, compare, host, parse, processes, render, results, stats, studies, svg  # noqa: E402
+from dynibench import bolt, cli, compare, drift, host, parse, processes, render, results, stats, studies, svg  # noqa: E402
 from dynibench.dyni import samplers  # noqa: E402
 from dynibench.errors import BenchError, Skipped  # noqa: E402
 
@@ -87,6 +87,24 @@ class Figures(unittest.TestCase):
             ("none", None, []), ("added", "a", ["a"]), ("added", "b", ["a", "b"]), ("added", "c", ["a", "b", "c"]),
             ("without", "a", ["b", "c"]), ("without", "b", ["a", "c"]), ("without", "c", ["a", "b"])])
         self.assertIn(("added", "c", ["a", "b", "c"]), list(studies.pass_sets(["a", "b", "c"], quick=True)))
+
+
+class Drift(unittest.TestCase):
+    """What `bench/drift` makes of its gains."""
+
+    def test_the_share_is_of_the_fresh_gain(self):
+        again = {"median": 1.09, "low": 1.08, "high": 1.10}
+        fresh = {"median": 1.10, "low": 1.09, "high": 1.12}
+        share = drift.recovered({"again": again, "fresh": fresh})
+        self.assertAlmostEqual(share["median"], 0.9)
+        self.assertAlmostEqual(share["low"], 0.08 / 0.12)
+        self.assertAlmostEqual(share["high"], 0.10 / 0.09)
+
+    def test_where_nothing_is_gained_there_is_nothing_to_recover(self):
+        flat = {"median": 1.0, "low": 0.99, "high": 1.01}
+        share = drift.recovered({"again": flat, "fresh": flat})
+        self.assertIsNone(share["median"])
+        self.assertIn("nothing to recover", drift.percent(share["median"]))
 
 
 class Outputs(unittest.TestCase):

@@ -1,7 +1,7 @@
 //! `dyni status`: what is optimised, read from the processes themselves, and what a daemon is about. It stops nothing and
 //! changes nothing.
 
-use dyni_applier::{ModuleStatus, State, Status};
+use dyni_applier::{Kept, ModuleStatus, State, Status};
 use dyni_collector::{Group, Target};
 use dyni_schema::envelope::BlobId;
 use serde::Serialize;
@@ -61,6 +61,8 @@ struct ModuleReport {
     applied_at_s: u64,
     /// Work per CPU time, divided by that of the original code, as `optimize` measured it; null if it did not.
     gain: Option<Ratio>,
+    /// Why its memory was not freed when that was last tried; null if it is in force or was not tried.
+    kept: Option<String>,
     refused: Vec<Refused>,
 }
 
@@ -194,6 +196,7 @@ impl ModuleReport {
             threads: m.threads,
             applied_at_s: m.applied_at_s,
             gain: m.gain.map(Ratio::from),
+            kept: m.kept.map(Kept::text),
             refused: Refused::of(&m.refused),
         }
     }
@@ -293,6 +296,17 @@ fn group_text(group: &[&ProcessReport], verbose: bool, paint: Paint, text: &mut 
             text.push_str(&format!("  gain {gain}\n"));
         }
         text.push_str(&huge_text::line(&process.huge_text));
+        let retired = || process.modules.iter().filter(|m| m.patches_in_force == 0);
+        let bytes: u64 = retired().map(|m| m.mapped_bytes).sum();
+        if bytes > 0 {
+            let many = plural(retired().count() as u64, "generation", "generations");
+            text.push_str(&format!("  {} of {many} out of force not freed yet\n", human_bytes(bytes)));
+        }
+        for m in retired().filter(|_| verbose) {
+            if let Some(kept) = &m.kept {
+                text.push_str(&format!("  {}: {} kept: {kept}\n", m.name, human_bytes(m.mapped_bytes)));
+            }
+        }
         if verbose {
             for m in process.modules.iter() {
                 for refused in &m.refused {

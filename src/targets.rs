@@ -11,7 +11,7 @@ use serde::{Serialize, Serializer};
 use crate::errors::Failure;
 
 /// How many processes of a program are counted or compared at most: of hundreds of alike workers a few tell as much, and
-/// what is put into a process for that stays mapped.
+/// what is put into a process for that may stay mapped.
 const FEW: usize = 8;
 /// How long it is looked which ones are busy.
 const BUSY_WINDOW: Duration = Duration::from_millis(100);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use dyni_applier::{State, Undone};
+use dyni_applier::{Retired, State, Swept, Undone};
 use dyni_collector::{Group, TargetError};
 use serde::Serialize;
 
@@ -35,7 +35,25 @@ struct ProcessReport {
     text_bytes: u64,
     stop_ns: u64,
     threads_moved: usize,
+    /// What nothing referred to any more.
+    freed_bytes: u64,
+    kept: Vec<KeptReport>,
     damaged: Vec<String>,
+}
+
+/// Copies that stay mapped for now.
+#[derive(Debug, Serialize)]
+struct KeptReport {
+    module: String,
+    bytes: u64,
+    reason: String,
+}
+
+impl KeptReport {
+    fn of(retired: &Retired) -> Option<Self> {
+        let reason = retired.kept?.text();
+        Some(Self { module: retired.module.clone(), bytes: retired.bytes, reason })
+    }
 }
 
 /// Undoes one program, or every one on this host: a daemon that follows it does that, so that it leaves it alone
@@ -55,7 +73,10 @@ pub fn run(args: &UndoArgs, contact: Option<&Contact>, out: Output) -> Result<()
     let mut first_failure = None;
     for group in &mut groups {
         match undo_group(group) {
-            Ok(undone) => report.add(group, &undone),
+            Ok(undone) => {
+                let swept = sweep_group(group);
+                report.add(group, &undone, &swept);
+            }
             Err(failure) => first_failure = first_failure.or(Some(failure)),
         }
     }
@@ -99,8 +120,17 @@ pub fn undo_group(group: &mut Group) -> Result<Vec<Undone>, Failure> {
     }
 }
 
+/// Frees what nothing refers to any more in every member. What could not be done now can be done at the next time, so
+/// nothing is said of it but by `status`.
+pub fn sweep_group(group: &mut Group) -> Vec<(i32, Swept)> {
+    // Members that were forked since.
+    let _ = group.refresh();
+    let members = root_first(group);
+    members.iter().filter_map(|m| Some((m.pid, dyni_applier::sweep(m.pid).ok()?))).collect()
+}
+
 impl UndoReport {
-    fn add(&mut self, group: &Group, undone: &[Undone]) {
+    fn add(&mut self, group: &Group, undone: &[Undone], swept: &[(i32, Swept)]) {
         let root = &group.root;
         self.lines.push(state_line(&root.name, root.pid, undone.len(), State::Undynimized.name()));
         let patches: usize = undone.iter().map(|u| u.patches).sum();
@@ -116,7 +146,12 @@ impl UndoReport {
         if text > 0 {
             self.lines.push(format!("  {} of text are the file's own again", human_bytes(text)));
         }
+        let freed: u64 = swept.iter().map(|(_, s)| s.freed()).sum();
+        if freed > 0 {
+            self.lines.push(format!("  {} freed", human_bytes(freed)));
+        }
         for one in undone {
+            let swept = swept.iter().find(|(pid, _)| *pid == one.pid).map(|(_, s)| s.clone()).unwrap_or_default();
             self.lines.extend(one.damaged.iter().map(|line| format!("  pid {}: {line}", one.pid)));
             self.processes.push(ProcessReport {
                 pid: one.pid,
@@ -127,6 +162,8 @@ impl UndoReport {
                 text_bytes: one.text_bytes,
                 stop_ns: one.stop.as_nanos() as u64,
                 threads_moved: one.moved,
+                freed_bytes: swept.freed(),
+                kept: swept.generations.iter().filter_map(KeptReport::of).collect(),
                 damaged: one.damaged.clone(),
             });
         }

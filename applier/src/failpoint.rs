@@ -39,6 +39,13 @@ pub const FAILPOINTS: &[&str] = &[
     "undo:restored",
     "undo:threads-moved",
     "undo:resumed",
+    "free:stopped",
+    "free:proven",
+    "free:remembered",
+    "free:forgotten",
+    "free:code-unmapped",
+    "free:half-unmapped",
+    "free:done",
 ];
 
 /// Those that text on its way to huge pages and back passes, besides the steps of remote calls.

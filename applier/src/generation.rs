@@ -131,6 +131,9 @@ pub(crate) fn prepare(
     let modules = maps::ModuleReader::default().of(pid, &maps);
     let (entries, _) = ledger::find(pid, &maps, &memory);
     let mut space = AddressSpace::of(&maps);
+    // What is left on a stack of a cache that was freed must not look like a reference to a new one (`retire`).
+    let mut fresh = space.clone();
+    entries.iter().flat_map(|e| e.ledger.vacated()).for_each(|range| fresh.take(range));
     let mut generations = Vec::new();
     let mut met = false;
     let mut reasons = Refused::default();
@@ -165,11 +168,23 @@ pub(crate) fn prepare(
         // An earlier generation of the same code is found again at its own place, so that it can be used again.
         let known = entries.iter().filter(|e| e.ledger.plan == plan_id && e.ledger.build_id == part.build_id);
         let known: Vec<_> = known.map(|e| (RunAddr(e.ledger.cache), e.ledger.cache_size, e.ledger.code_hash)).collect();
-        let generation =
-            place(plan, plan_id, part, module, recovered, sources, refused, &known, &space, unwinding, passes)?
-                .ok_or_else(|| ApplyError::NoRoom { pid, module: module.name.clone() })?;
+        let generation = place(
+            plan,
+            plan_id,
+            part,
+            module,
+            recovered,
+            sources,
+            refused,
+            &known,
+            [&fresh, &space],
+            unwinding,
+            passes,
+        )?
+        .ok_or_else(|| ApplyError::NoRoom { pid, module: module.name.clone() })?;
         let start = generation.cache.run(module.bias).0;
         space.take(start..start + generation.span());
+        fresh.take(start..start + generation.span());
         generations.push(generation);
     }
     if !met {
@@ -259,7 +274,7 @@ fn place(
     mut sources: Vec<Source<'_>>,
     mut refused: Refused,
     known: &[(RunAddr, u64, [u8; 32])],
-    space: &AddressSpace,
+    spaces: [&AddressSpace; 2],
     unwinding: Unwinding,
     passes: Shortened,
 ) -> Result<Option<Generation>, ApplyError> {
@@ -278,8 +293,8 @@ fn place(
     let size = (bytes + tables + function::CODE_LEN).next_multiple_of(HUGE).min(MAX_CACHE);
     let again = known.iter().map(|&(at, size, _)| (at, size));
     // Less room than all of it is better than none: the hottest functions go in.
-    let fresh =
-        (1..=size / HUGE).rev().map(|n| n * HUGE).find_map(|n| Some((*space.holes(&span, n, counters, 1).first()?, n)));
+    let hole = |n: u64| spaces.iter().find_map(|space| space.holes(&span, n, counters, 1).first().copied());
+    let fresh = (1..=size / HUGE).rev().map(|n| n * HUGE).find_map(|n| Some((hole(n)?, n)));
     let mut made = None;
     for (at, size) in again.chain(fresh) {
         let cache = at.link(module.bias);

@@ -12,7 +12,7 @@
 use crate::enter::{Choice, Edits, Site, escapes};
 use crate::error::ApplyError;
 use crate::generation::Generation;
-use crate::ledger::{self, Entry, Journal, Ledger};
+use crate::ledger::{self, Entry, Journal, Ledger, Release};
 use crate::lock::Lock;
 use crate::patch;
 use crate::place::AddressSpace;
@@ -191,10 +191,11 @@ pub(crate) fn is_same(entry: &Entry, wanted: &Ledger, memory: &Memory) -> bool {
     let same = (has.plan, &has.build_id, has.bias, has.code_hash, has.code_size, &has.patches)
         == (wanted.plan, &wanted.build_id, wanted.bias, wanted.code_hash, wanted.code_size, &wanted.patches);
     let code = || memory.read_vec(RunAddr(has.cache), has.code_size as usize).ok();
-    same && code().is_some_and(|mut code| {
-        wanted.shortcuts.relocate(&mut code, has.bias.wrapping_neg());
-        *blake3::hash(&code).as_bytes() == wanted.code_hash
-    })
+    same && entry.release == Release::No
+        && code().is_some_and(|mut code| {
+            wanted.shortcuts.relocate(&mut code, has.bias.wrapping_neg());
+            *blake3::hash(&code).as_bytes() == wanted.code_hash
+        })
 }
 
 /// Tells the process's unwinder of the copies of a generation that has unwind data.
@@ -257,7 +258,7 @@ fn map_in(
     memory.write(at, &bytes)?;
     ledger::publish(memory, at)?;
     failpoint::pass("apply:ledger-written", pid);
-    let mut entry = Entry { at, size, ledger: wanted, journal: Journal::default() };
+    let mut entry = Entry { at, size, ledger: wanted, journal: Journal::default(), release: Release::No, kept_by: 0 };
     let cache_size = entry.ledger.cache_size;
     // Kernels without CONFIG_ANON_VMA_NAME refuse it.
     let _ = caller.call("prctl", libc::SYS_prctl, [PR_SET_VMA, 0, at.0, size, entry.name().0, 0]);

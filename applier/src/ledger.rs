@@ -29,7 +29,13 @@ const SEALED_AT: u64 = 128;
 /// perf does not know that it is anonymous, and looks for no names in it.
 const NAME_AT: u64 = 96;
 const NAME: &[u8] = b"dyni ledger\0";
+/// Where two more numbers are, behind the name: how far its release has come ([`Release`]), and why it was kept when it
+/// was last tried ([`Entry::kept_by`]).
+const RELEASE_AT: u64 = 112;
+const KEPT_AT: u64 = 120;
 const PAGE: u64 = 4096;
+/// The most places that are remembered where caches have been.
+const MAX_VACATED: usize = 256;
 /// The most counters of a generation.
 const MAX_COUNTERS: u64 = 1 << 22;
 
@@ -237,10 +243,90 @@ impl Ledger {
         ((self.counted.len() + self.recorded.len()) as u64 * COUNTER).next_multiple_of(PAGE)
     }
 
+    /// The run addresses of the pages that are private to the process because dyni wrote to them.
+    pub fn written_pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.patches().map(|(at, _, _)| at.0 & !(PAGE - 1)).chain(self.borrowed_pages.iter().copied())
+    }
+
+    /// Whether it has no copies: it is what is left of generations that were freed, and knows the pages that they wrote to.
+    #[must_use]
+    pub fn only_remembers(&self) -> bool {
+        self.cache_size == 0
+    }
+
+    /// Of one that only remembers: where caches have been that were freed, as run addresses. They are kept where others
+    /// keep their functions.
+    pub(crate) fn vacated(&self) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
+        let ranges =
+            self.functions.iter().zip(&self.function_sizes).map(|(&at, &size)| at..at.saturating_add(size.into()));
+        ranges.filter(|_| self.only_remembers())
+    }
+
+    /// What has to be remembered of generations that are gone: the pages that they wrote to, and where they were. Where
+    /// they were is forgotten all at once when it becomes too much.
+    pub(crate) fn of_gone(build_id: BuildId, pages: Vec<u64>, mut vacated: Vec<std::ops::Range<u64>>) -> Self {
+        vacated.sort_by_key(|range| range.start);
+        let mut ledger = Self { build_id, borrowed_pages: pages, ..Self::default() };
+        let mut merged: Vec<std::ops::Range<u64>> = Vec::new();
+        for range in vacated {
+            match merged.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => merged.push(range),
+            }
+        }
+        let size = |range: &std::ops::Range<u64>| u32::try_from(range.end - range.start).ok();
+        if merged.len() <= MAX_VACATED && merged.iter().all(|range| size(range).is_some()) {
+            ledger.functions = merged.iter().map(|range| range.start).collect();
+            ledger.function_sizes = merged.iter().filter_map(size).collect();
+        }
+        ledger
+    }
+
+    /// What has to be remembered of a generation whose release has begun.
+    pub(crate) fn remembered(&self) -> Self {
+        let mut pages: Vec<u64> = self.written_pages().collect();
+        pages.sort_unstable();
+        pages.dedup();
+        Self::of_gone(self.build_id.clone(), pages, Vec::new())
+    }
+
     /// Whether this run address lies in its code.
     #[must_use]
     pub fn holds(&self, at: RunAddr) -> bool {
         at.0.checked_sub(self.cache).is_some_and(|offset| offset < self.code_size)
+    }
+}
+
+/// How far the release of a generation has come that nothing in the process can refer to any more (`retire`). Each step
+/// is written down before it is begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Release {
+    /// It is in force, or something may refer to it.
+    #[default]
+    No,
+    /// It was proven that nothing does. From here on it must not be put in force again.
+    Proven,
+    /// The unwinder is being told to forget it.
+    Forgetting,
+    /// The unwinder does not know it.
+    Forgotten,
+    /// Its code is being unmapped; a thread can't be in it any more.
+    UnmappingCode,
+    /// Its code is unmapped, its other memory is being unmapped.
+    UnmappingRest,
+}
+
+impl Release {
+    fn from_number(number: u64) -> Self {
+        match number {
+            0 => Self::No,
+            1 => Self::Proven,
+            2 => Self::Forgetting,
+            3 => Self::Forgotten,
+            4 => Self::UnmappingCode,
+            // A number that a later dyni may give: leave all of it alone but the cache.
+            _ => Self::UnmappingRest,
+        }
     }
 }
 
@@ -255,6 +341,10 @@ pub struct Entry {
     pub ledger: Ledger,
     /// Its numbers, as they were when it was read.
     pub journal: Journal,
+    /// How far its release has come.
+    pub release: Release,
+    /// Why it was not freed when that was last tried, as `retire` writes it; 0 if it was not tried.
+    pub kept_by: u64,
 }
 
 impl Entry {
@@ -310,6 +400,18 @@ impl Entry {
         self.at.plus(NAME_AT)
     }
 
+    /// Notes how far its release has come.
+    pub(crate) fn write_release(&mut self, memory: &Memory, release: Release) -> Result<(), RemoteError> {
+        self.release = release;
+        memory.write(self.at.plus(RELEASE_AT), &(release as u64).to_le_bytes())
+    }
+
+    /// Notes why it was kept.
+    pub(crate) fn write_kept_by(&mut self, memory: &Memory, why: u64) -> Result<(), RemoteError> {
+        self.kept_by = why;
+        memory.write(self.at.plus(KEPT_AT), &why.to_le_bytes())
+    }
+
     /// Writes the numbers, the one at `entered` first.
     pub(crate) fn write_journal(&mut self, memory: &Memory, journal: Journal) -> Result<(), RemoteError> {
         self.journal = journal;
@@ -338,9 +440,21 @@ pub(crate) fn revoke(memory: &Memory, at: RunAddr) -> Result<(), RemoteError> {
     memory.write(at, &[0; MAGIC.len()])
 }
 
-/// Every ledger among these mappings of process `pid`, oldest first, and a line for each that can't be read.
+/// Every ledger among these mappings of process `pid`, oldest first, and a line for each that can't be read. Of a
+/// generation whose release has begun only the pages are known that it wrote to: its cache may be gone, and another one
+/// be in its place.
 #[must_use]
 pub fn find(pid: i32, maps: &[Mapping], memory: &Memory) -> (Vec<Entry>, Vec<String>) {
+    let (mut entries, damaged) = find_all(pid, maps, memory);
+    for entry in entries.iter_mut().filter(|e| e.release != Release::No) {
+        entry.ledger = entry.ledger.remembered();
+    }
+    (entries, damaged)
+}
+
+/// The same with all that is known of generations whose release has begun.
+#[must_use]
+pub(crate) fn find_all(pid: i32, maps: &[Mapping], memory: &Memory) -> (Vec<Entry>, Vec<String>) {
     let (mut entries, mut damaged) = (Vec::new(), Vec::new());
     let candidates = maps.iter().filter(|m| {
         let name = m.path.as_os_str().as_encoded_bytes();
@@ -404,5 +518,7 @@ fn read(memory: &Memory, at: RunAddr, room: u64) -> Result<Entry, String> {
     let sealed = memory.read_vec(at.plus(SEALED_AT), len as usize).map_err(|e| e.to_string())?;
     let ledger = open(&sealed)?;
     let journal = Journal::from_bytes(&head[24..24 + Journal::LEN]);
-    Ok(Entry { at, size: (SEALED_AT + len).next_multiple_of(PAGE), ledger, journal })
+    let release = Release::from_number(number(RELEASE_AT as usize));
+    let size = (SEALED_AT + len).next_multiple_of(PAGE);
+    Ok(Entry { at, size, ledger, journal, release, kept_by: number(KEPT_AT as usize) })
 }

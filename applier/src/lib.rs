@@ -8,7 +8,8 @@
 //! - [`remote`]: a live process from outside: memory, threads, system calls in its name;
 //! - [`ledger`]: what was done, kept in the target;
 //! - `install`, `patch`, `huge`, `written`, `room`: mapping, the stop, the patches;
-//! - [`Applier`], [`undo`], [`status`], [`counters`], [`Resolver`]: what the command calls;
+//! - `retire`: what nothing can refer to any more is unmapped;
+//! - [`Applier`], [`undo`], [`sweep`], [`status`], [`counters`], [`Resolver`]: what the command calls;
 //! - [`apply_huge_text`]: original code on huge pages;
 //! - [`start`]: a program from its exec to its first instruction;
 //! - [`symbols`]: what debuggers and profilers have to be told of the copies.
@@ -32,6 +33,7 @@ mod patch;
 pub mod place;
 pub mod remote;
 mod resolve;
+mod retire;
 mod room;
 pub mod shortcuts;
 pub mod start;
@@ -51,6 +53,7 @@ pub use gain::Gain;
 pub use huge_text::{HugeTextApplied, HugeTextStatus, apply_huge_text};
 pub use install::{Applied, AppliedModule};
 pub use resolve::Resolver;
+pub use retire::{Kept, Retired, Swept, sweep};
 pub use status::{ModuleStatus, State, Status, status};
 pub use swap::Swap;
 pub use undo::{Undone, undo};

@@ -5,6 +5,7 @@ use crate::gain::Gain;
 use crate::huge_text::{self, HugeTextStatus};
 use crate::ledger::{self, Entry};
 use crate::remote::Memory;
+use crate::retire::Kept;
 use dyni_collector::maps;
 use std::time::Duration;
 
@@ -65,6 +66,8 @@ pub struct ModuleStatus {
     pub applied_at_s: u64,
     /// What the program was measured to gain by it; `None` if it was not measured.
     pub gain: Option<Gain>,
+    /// Why it was not freed when that was last tried; `None` if it is in force or was not tried.
+    pub kept: Option<Kept>,
     /// Why functions of the plan are not in it: the reason, and how many.
     pub refused: Vec<(String, u32)>,
     /// Its state alone.
@@ -98,7 +101,8 @@ fn read(pid: i32) -> Result<Status, ApplyError> {
     let memory = Memory::open_read_only(pid)?;
     let maps = maps::mappings(pid)?;
     let (entries, damaged) = ledger::find(pid, &maps, &memory);
-    let modules: Vec<_> = entries.iter().map(|e| of_entry(e, &memory)).collect();
+    let copies = entries.iter().filter(|e| !e.ledger.only_remembers());
+    let modules: Vec<_> = copies.map(|e| of_entry(e, &memory)).collect();
     let any = |state| modules.iter().any(|m: &ModuleStatus| m.state == state);
     let state = if any(State::PartlyDynimized) {
         State::PartlyDynimized
@@ -137,6 +141,7 @@ fn of_entry(entry: &Entry, memory: &Memory) -> ModuleStatus {
         threads: journal.threads,
         applied_at_s: journal.applied_at_s,
         gain: Gain::of(journal),
+        kept: (in_force == 0).then(|| Kept::from_number(entry.kept_by)).flatten(),
         refused: ledger.refused.clone(),
         state,
     }

@@ -1,4 +1,5 @@
-//! Undo: the original bytes back in the patched places. Copies stay mapped for whoever is still in them.
+//! Undo: the original bytes back in the patched places. Copies stay mapped for whoever is still in them, until
+//! nothing refers to them ([`crate::sweep`]).
 
 use crate::error::ApplyError;
 use crate::failpoint;

@@ -35,8 +35,7 @@ impl Written {
 pub(crate) fn pages(pid: i32, text: &[Range<RunAddr>], maps: &[Mapping], ledgers: &[Entry]) -> Written {
     let mut ours = BTreeSet::new();
     for entry in ledgers {
-        ours.extend(entry.ledger.patches().map(|(at, _, _)| at.0 & !(PAGE - 1)));
-        ours.extend(&entry.ledger.borrowed_pages);
+        ours.extend(entry.ledger.written_pages());
     }
     let pagemap = File::open(format!("/proc/{pid}/pagemap")).ok();
     let mut written = Written::default();

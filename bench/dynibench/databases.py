@@ -67,6 +67,8 @@ class Postgres(Server):
     """pgbench's reading transactions over two connections."""
 
     name = "postgres"
+    # pgbench's option for the transactions.
+    script = "-S"
     # A fast shutdown; SIGTERM would wait for the clients.
     stop_signal = signal.SIGINT
     bolt_crashes = True
@@ -101,5 +103,5 @@ class Postgres(Server):
         return ["-h", str(self.folder), "-U", "postgres"]
 
     def load(self, seconds):
-        return self.client([self.pgbench, *self.place(), "-n", "-S", "-c", "2", "-T", seconds or 86400, "postgres"],
+        return self.client([self.pgbench, *self.place(), "-n", self.script, "-c", "2", "-T", seconds or 86400, "postgres"],
                            parse.pgbench)

@@ -119,6 +119,18 @@ impl Victim {
         }
     }
 
+    /// Waits until it prints this line; others before it are lost.
+    pub fn wait_for_line(&mut self, want: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line == want => return,
+                Ok(_) => {}
+                Err(_) => panic!("{} does not say {want:?}: {}", self.exe.display(), self.trouble()),
+            }
+        }
+    }
+
     /// Waits for its end, whatever it is.
     pub fn wait(&mut self) -> std::process::ExitStatus {
         self.child.wait().expect("wait for the victim")

@@ -9,8 +9,9 @@ use nix::errno::Errno;
 use std::cell::RefCell;
 use std::time::Duration;
 
-/// How often a system call is tried again when signals get in its way.
-const TRIES: u32 = 200;
+/// How often a system call is tried again when signals get in its way: on a machine with more to do than processors a timer of
+/// a millisecond gets in the way of most.
+const TRIES: u32 = 1000;
 /// How many stops may follow each other on the way to a system call.
 const GROUP_STOPS: u32 = 3;
 

@@ -79,6 +79,19 @@ pub enum CallError {
     Remote(#[from] RemoteError),
 }
 
+/// Forgets what the last call returned, if one was ever made.
+pub(crate) fn clear_result(memory: &Memory, room: Room) -> Result<(), RemoteError> {
+    memory.write(room.data.plus(DONE), &[0; 16])
+}
+
+/// What the last call returned, by the note of the trampoline alone; `None` if it has not, or none was made since
+/// [`clear_result`].
+pub(crate) fn result(memory: &Memory, room: Room) -> Result<Option<u64>, RemoteError> {
+    let bytes = memory.read_vec(room.data.plus(DONE), 16)?;
+    let result = u64::from_le_bytes(bytes[RESULT as usize..].try_into().expect("eight bytes"));
+    Ok((bytes[0] == 1).then_some(result))
+}
+
 /// The bytes of writable memory that calls need.
 pub(crate) fn data_len() -> u64 {
     (STATE + state_len()).next_multiple_of(4096)

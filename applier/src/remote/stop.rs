@@ -37,6 +37,27 @@ impl StoppedThread {
         RunAddr(self.registers.fs_base)
     }
 
+    /// All its registers, as bytes: the general ones, then the extended state.
+    ///
+    /// # Errors
+    /// The thread is gone.
+    pub fn register_bytes(&self) -> Result<Vec<u8>, RemoteError> {
+        let r = &self.registers;
+        let general = [
+            r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14,
+            r.r15, r.rip, r.orig_rax, r.fs_base, r.gs_base,
+        ];
+        let mut bytes: Vec<u8> = general.iter().flat_map(|r| r.to_le_bytes()).collect();
+        bytes.extend(self.tracee.extended_state()?);
+        Ok(bytes)
+    }
+
+    /// Its thread id.
+    #[must_use]
+    pub fn tid(&self) -> i32 {
+        self.tracee.tid
+    }
+
     /// Whether it was interrupted in a system call that the kernel may yet restart by moving RIP back two bytes.
     #[must_use]
     pub fn in_syscall(&self) -> bool {

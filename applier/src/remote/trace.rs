@@ -10,6 +10,9 @@ use std::ptr;
 
 pub(crate) type Registers = libc::user_regs_struct;
 
+/// More bytes than any processor's XSAVE area has (with AMX: 11 KB).
+const MAX_STATE: usize = 16 << 10;
+
 /// What a traced thread reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Report {
@@ -140,6 +143,20 @@ impl Tracee {
         let mut registers: Registers = unsafe { std::mem::zeroed() };
         self.request("reading registers", libc::PTRACE_GETREGS, (&raw mut registers).cast())?;
         Ok(registers)
+    }
+
+    /// Its x87, vector and other extended state, as XSAVE writes it; it must be stopped.
+    pub fn extended_state(&self) -> Result<Vec<u8>, RemoteError> {
+        const NT_X86_XSTATE: usize = 0x202;
+        let mut state = vec![0u8; MAX_STATE];
+        let mut vector = libc::iovec { iov_base: state.as_mut_ptr().cast(), iov_len: state.len() };
+        let (kind, data) = (ptr::without_provenance_mut::<c_void>(NT_X86_XSTATE), (&raw mut vector).cast::<c_void>());
+        // SAFETY: the kernel writes at most `iov_len` bytes to `iov_base`, a live buffer of that length, and the length
+        // that it wrote to `vector`; both outlive the call.
+        let result = unsafe { libc::ptrace(libc::PTRACE_GETREGSET, self.tid, kind, data) };
+        Errno::result(result).map_err(|errno| RemoteError::from_errno(self.pid, "reading registers", errno))?;
+        state.truncate(vector.iov_len);
+        Ok(state)
     }
 
     /// Sets its registers in one step; it must be stopped.

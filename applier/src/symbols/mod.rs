@@ -238,7 +238,7 @@ impl Originals for InFile<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Journal, Ledger};
+    use crate::ledger::{Journal, Ledger, Release};
     use dyni_schema::CacheAddr;
 
     fn block(original: u64, copy: u64) -> CopiedBlock {
@@ -258,7 +258,7 @@ mod tests {
             ..Ledger::default()
         };
         ledger.set_blocks(blocks);
-        Entry { at: RunAddr(0x1000), size: 4096, ledger, journal: Journal::default() }
+        Entry { at: RunAddr(0x1000), size: 4096, ledger, journal: Journal::default(), release: Release::No, kept_by: 0 }
     }
 
     fn names(blocks: &[CopiedBlock]) -> Vec<(u64, u64, String)> {

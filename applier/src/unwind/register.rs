@@ -2,8 +2,8 @@
 //!
 //! `__register_frame_info` is called in the process, by one of its own threads where it waits
 //! (`remote::function`). The unwinder keeps a pointer to the section and to an object of the caller's, which it
-//! writes to: both stay mapped for as long as the registration does, which is for ever once a thread may have been in a
-//! copy, as frames of copies stay on stacks.
+//! writes to: both stay mapped for as long as the registration does, which is for as long as a frame of a copy may be on
+//! a stack.
 //!
 //! **Whether a section is registered is not written anywhere: the object says it.** It is zero before, and the unwinder
 //! writes to it first of all. So a later dyni knows, whenever an earlier one died; that matters, as to register an object
@@ -60,6 +60,11 @@ impl Place {
         self.data.plus(function::data_len())
     }
 
+    /// The page on which the object is.
+    pub fn object_page(&self) -> std::ops::Range<u64> {
+        self.object().0..self.data.0 + data_len()
+    }
+
     fn room(&self) -> Room {
         Room { code: self.code, data: self.data }
     }
@@ -84,7 +89,18 @@ pub fn register(pid: i32, memory: &Memory, unwinder: &Unwinder, place: &Place) -
     if is_registered(memory, place)? { Ok(()) } else { Err(RegisterError::NotTaken(pid)) }
 }
 
-/// Makes the unwinder forget the section, if it knows it. No thread may ever have been in a copy.
+/// Forgets what the last call returned, so that [`has_deregistered`] tells of a later one.
+pub fn prepare_deregister(memory: &Memory, place: &Place) -> Result<(), RemoteError> {
+    function::clear_result(memory, place.room())
+}
+
+/// Whether a call of [`deregister`] was seen to its end by the process itself, whatever became of the dyni that made it.
+/// To be asked only if [`prepare_deregister`] and nothing else was done before that.
+pub fn has_deregistered(memory: &Memory, place: &Place) -> Result<bool, RemoteError> {
+    Ok(function::result(memory, place.room())? == Some(place.object().0))
+}
+
+/// Makes the unwinder forget the section, if it knows it. No frame of a copy may be on any stack, nor ever come there.
 ///
 /// # Errors
 /// Why not; it must then be taken for registered.
