@@ -70,7 +70,9 @@ fn the_life_of_a_program() {
     place.configure(&format!("[exeList]\n{name} -delay=0 -window=1s -cpu-usage=1\n"));
     daemon.signal(Signal::SIGHUP);
     place.until_state(pid, &["dynimized"]);
-    assert_eq!(place.ledger(pid), "dynimized");
+    // Unless that plan, which was made in half a second, was found not to fit, and it is profiled anew already.
+    let ledger = place.ledger(pid);
+    assert!(ledger == "dynimized" || place.log().contains(", profiling"), "{ledger}: {}", place.log());
     place.assert_logged(&["started", "options: ", ", waiting", "read again", "dynimizing", ", dynimized"]);
 
     // A wrong configuration changes nothing.
