@@ -139,7 +139,10 @@ fn many_generations(name: &str, count: u32) {
     assert!(plans.len() as u32 > count / 2, "only {} different plans", plans.len());
     assert!(bytes > u64::from(count) / 4 * GENERATION, "an undo frees next to nothing: {bytes} bytes");
     assert!(left.0 <= LEFT, "{left:?} copies are left");
-    assert!(after.0 <= before.0 + 4 * LEFT && after.1 <= before.1 + LEFT as u64 * GENERATION, "{before:?} has become {after:?}");
+    assert!(
+        after.0 <= before.0 + 4 * LEFT && after.1 <= before.1 + LEFT as u64 * GENERATION,
+        "{before:?} has become {after:?}"
+    );
     victim.assert_serving("after the last generation");
     let tally = victim.finish();
     assert_eq!(tally, verify(&exe, tally.rounds));
