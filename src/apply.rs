@@ -13,7 +13,7 @@ use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, th
 use crate::store::{Store, StoredPlan};
 use crate::symbols::write_perf_maps;
 use crate::targets::{ROUNDS, Refused, StateWord, born, find, has_ended, root_first, state_line};
-use crate::undo::sweep_group;
+use crate::undo::{KEPT, sweep_group};
 
 /// How often a process that changes meanwhile is tried.
 const ATTEMPTS: usize = 4;
@@ -90,7 +90,7 @@ pub fn run(args: &ApplyArgs, store: &Store, out: Output) -> Result<(), Failure> 
     let stored = store.plan(args.plan.as_deref(), &group.root)?;
     let fuel = args.fuel.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
     if !args.dry_run {
-        sweep_group(&mut group);
+        sweep_group(&mut group, KEPT);
     }
     let mut report =
         if args.dry_run { dry_run(&stored, &group, fuel)? } else { apply_group(&stored, &mut group, fuel, out)? };

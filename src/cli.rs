@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::parse;
 use crate::duration;
@@ -309,7 +309,8 @@ pub struct DriftArgs {
 
 /// `dyni undo`
 #[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
+#[group(skip)]
+#[command(group = ArgGroup::new("which").required(true).args(["pid", "all"]))]
 pub struct UndoArgs {
     /// The process: a PID, or the name of its executable
     #[arg(short, long, value_name = "PID|NAME")]
@@ -317,6 +318,9 @@ pub struct UndoArgs {
     /// Every process on this host that is optimised
     #[arg(long)]
     pub all: bool,
+    /// Free all that nothing refers to any more, rather than when more of it has come together
+    #[arg(long)]
+    pub free: bool,
 }
 
 /// `dyni status`

@@ -15,7 +15,7 @@ use crate::record::{RecordReport, keep, profile_group};
 use crate::store::Store;
 use crate::symbols::write_perf_maps;
 use crate::targets::{Refused, StateWord, find, root_first};
-use crate::undo::{sweep_group, undo_group};
+use crate::undo::{KEPT, sweep_group, undo_group};
 
 /// `dyni optimize --json`: the fields of `dyni apply --json` and these.
 #[derive(Debug, Serialize)]
@@ -75,7 +75,7 @@ pub fn run(args: &OptimizeArgs, store: &Store, out: Output) -> Result<(), Failur
         Verdict::Unknown(why) => (None, Some(why)),
     };
     // What served to count and to compare, and the generation before: threads have had time to leave them.
-    sweep_group(&mut group);
+    sweep_group(&mut group, KEPT);
     // Children that were forked while it was checked.
     applied.notes = write_perf_maps(&root_first(&group));
     out.report(&OptimizeReport { applied, record, before, after, refused, gain, not_measured });

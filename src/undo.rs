@@ -62,7 +62,11 @@ impl KeptReport {
 /// # Errors
 /// The first process that could not be undone; the others are done all the same.
 pub fn run(args: &UndoArgs, contact: Option<&Contact>, out: Output) -> Result<(), Failure> {
+    let kept = if args.free { 0 } else { KEPT };
     if contact.map_or(Ok(false), |c| control::undo(args, c, out))? {
+        if let Some(Ok(mut group)) = args.pid.as_ref().filter(|_| args.free).map(|spec| find(spec)) {
+            sweep_group(&mut group, kept);
+        }
         return Ok(());
     }
     let mut groups = match &args.pid {
@@ -74,7 +78,7 @@ pub fn run(args: &UndoArgs, contact: Option<&Contact>, out: Output) -> Result<()
     for group in &mut groups {
         match undo_group(group) {
             Ok(undone) => {
-                let swept = sweep_group(group);
+                let swept = sweep_group(group, kept);
                 report.add(group, &undone, &swept);
             }
             Err(failure) => first_failure = first_failure.or(Some(failure)),
@@ -120,13 +124,17 @@ pub fn undo_group(group: &mut Group) -> Result<Vec<Undone>, Failure> {
     }
 }
 
-/// Frees what nothing refers to any more in every member. What could not be done now can be done at the next time, so
-/// nothing is said of it but by `status`.
-pub fn sweep_group(group: &mut Group) -> Vec<(i32, Swept)> {
+/// How many generations of a process that are out of force are left there, for the next time that their plan is applied: the
+/// modules of a plan and of what counted for it.
+pub const KEPT: usize = 8;
+
+/// Frees what nothing refers to any more in every member that has more than `but` generations out of force. What could not
+/// be done now can be done at the next time, so nothing is said of it but by `status`.
+pub fn sweep_group(group: &mut Group, but: usize) -> Vec<(i32, Swept)> {
     // Members that were forked since.
     let _ = group.refresh();
     let members = root_first(group);
-    members.iter().filter_map(|m| Some((m.pid, dyni_applier::sweep(m.pid).ok()?))).collect()
+    members.iter().filter_map(|m| Some((m.pid, dyni_applier::sweep(m.pid, but).ok()?))).collect()
 }
 
 impl UndoReport {

@@ -92,8 +92,12 @@ fn tries(point: &str) -> usize {
 
 fn run_failing(dyni: &Dyni, point: &str, verb: &str, pid: i32) -> Outcome {
     let pid = pid.to_string();
-    let duration: &[&str] = if verb == "optimize" { &["--duration", "300ms"] } else { &[] };
-    dyni.run_failing(point, &[&[verb, "-p", &pid], duration].concat())
+    let options: &[&str] = match verb {
+        "optimize" => &["--duration", "300ms"],
+        "undo" if point.starts_with("free:") => &["--free"],
+        _ => &[],
+    };
+    dyni.run_failing(point, &[&[verb, "-p", &pid], options].concat())
 }
 
 /// Walks all failpoints of `apply` and `undo` and returns how many were on the way.

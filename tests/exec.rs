@@ -318,7 +318,9 @@ fn a_slow_plan_comes_later() {
     let mut command = through(&d, &["--wait", "1ms"], &exe, &["--forever"]);
     let victim = Victim::start_with(&exe, &mut command).expect("the machine runs it");
     let deadline = Instant::now() + PATIENCE;
-    while d.state(victim.pid()) != "dynimized" {
+    // While the helper is at work on it, `status` says that it is traced.
+    let state = || d.run(&["status", "-p", &victim.pid().to_string()]).stdout;
+    while !state().contains(", dynimized\n") {
         assert!(Instant::now() < deadline, "it never got its plan");
         thread::sleep(Duration::from_millis(20));
     }

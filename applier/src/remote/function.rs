@@ -3,16 +3,21 @@
 //! A system call may be made wherever a thread happens to stop; a function may not, for it takes locks which that thread
 //! may hold. So a thread is borrowed only where it waits in a system call of the C library that blocks, is no wait for a
 //! lock, and is not inside a signal handler ([`is_safe`]). There the library's own locks are not held by it; nor in the
-//! gate of a program that starts ([`start`]). In a program
-//! that never waits, a thread will do that is stopped in the program's own code with no library on its stack but where
-//! threads begin ([`Walked::is_in_program`]), if the function and the program share no other locks.
+//! gate of a program that starts ([`start`]). In a program that never waits, a thread will do that is stopped in the
+//! program's own code with no library on its stack but where threads begin ([`Walked::is_in_program`]), if the function and
+//! the program share no other locks.
 //!
-//! The thread runs a trampoline that needs no help: it saves the vector and x87 state, calls, puts that state back,
-//! stores that it is done, puts back the flags and every general register from immediates, and jumps home, as the one
-//! for system calls does. With dyni dead it comes home alone, the function called to its end.
+//! The thread runs a trampoline that needs no help: it blocks all signals, saves the vector and x87 state, calls, puts that
+//! state back, stores that it is done and waits a little for dyni to bring it home. With dyni dead it comes home alone, the
+//! function called to its end: it puts back its signal mask, the flags and every general register from immediates, and
+//! jumps, as the one for system calls does.
 //!
-//! A signal that comes before the call has begun makes the thread get its own registers back and the call be tried
-//! again. One that comes later is delivered where it comes: the thread runs ordinary code, on its own stack.
+//! *Signals.* The thread may wait where it can be cancelled at any moment (glibc's `read` is such a place): a handler that
+//! ran on top of the call would unwind from there, find no caller beyond the trampoline, and leave out the cleanups of all
+//! frames below; or it would unwind while the unwinder's own lock is held. So no handler may run before the thread is home.
+//! A signal that comes before the call has begun makes the thread get its own registers back and the call be tried again;
+//! one that comes later waits until dyni has put back registers and mask in one stop. (Where dyni died meanwhile, it comes
+//! a few instructions before home.)
 
 use super::backtrace::{Frames, Stack, Walked};
 use super::stop::{Stragglers, come_to_rest};
@@ -27,16 +32,21 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// The length of a trampoline in bytes, and the distance from one to the next.
-const SLOT: u64 = 256;
+const SLOT: u64 = 512;
 /// How many bytes of executable memory of our own calls need, from [`Room::code`].
 pub(crate) const CODE_LEN: u64 = 4096;
 /// Where in [`Room::data`] the trampoline writes 1 when the function has returned, and what it returned.
 const DONE: u64 = 0;
 const RESULT: u64 = 8;
+/// Where there is a signal mask of everything, and the thread's own.
+const ALL_SIGNALS: u64 = 16;
+const OWN_SIGNALS: u64 = 24;
 /// Where the vector state is saved; a multiple of 64.
 const STATE: u64 = 64;
+/// How long the thread waits, when the call is over, for dyni to bring it home, ms.
+const WAIT_MS: u32 = 200;
 /// How long a thread at a safe point is looked for, and how often at least, on a machine that is busy with other things.
-const SEARCH: Duration = Duration::from_millis(500);
+const SEARCH: Duration = Duration::from_secs(1);
 const ROUNDS: u32 = 50;
 /// After so many looks in a row at which every thread waits inside a signal handler, that is where the program lives.
 const HOPELESS: u32 = 10;
@@ -135,11 +145,16 @@ const MOV: [[u8; 2]; 16] = [
 ];
 
 impl Trampoline {
-    /// For a thread with these registers, to call `function`. rbx holds [`Room::data`] when it is entered, as the
-    /// function keeps that register.
-    fn new(r: &Registers, function: RunAddr) -> Self {
+    /// For a thread with these registers, to call `function` with these arguments. rbx holds [`Room::data`] when it is
+    /// entered, as the function keeps that register.
+    fn new(r: &Registers, function: RunAddr, [rdi, rsi]: [u64; 2]) -> Self {
         let (rip, rax) = home(r);
         let mut code = Vec::with_capacity(SLOT as usize);
+        set_signal_mask(&mut code, ALL_SIGNALS);
+        for (opcode, value) in [([0x48, 0xbf], rdi), ([0x48, 0xbe], rsi)] {
+            code.extend(opcode);
+            code.extend(value.to_le_bytes());
+        }
         let all_components = [0xb8, 0xff, 0xff, 0xff, 0xff, 0xba, 0xff, 0xff, 0xff, 0xff]; // mov eax, -1; mov edx, -1
         // 0f ae /4 and /5, or /0 and /1.
         let (save, restore) = if has_xsave() { (0x63, 0x6b) } else { (0x43, 0x4b) };
@@ -152,6 +167,12 @@ impl Trampoline {
         code.extend(all_components);
         code.extend([0x48, 0x0f, 0xae, restore, STATE as u8]); // xrstor64 or fxrstor64 [rbx + STATE]
         code.extend([0xc6, 0x43, DONE as u8, 1]); // mov byte [rbx + DONE], 1
+        for (opcode, value) in [(0xb8, libc::SYS_poll as u32), (0xbf, 0), (0xbe, 0), (0xba, WAIT_MS)] {
+            code.push(opcode); // mov eax, edi, esi, edx
+            code.extend(value.to_le_bytes());
+        }
+        code.extend([0x0f, 0x05]); // syscall
+        set_signal_mask(&mut code, OWN_SIGNALS);
         code.push(0x68); // push flags; popfq
         code.extend((r.eflags as u32).to_le_bytes());
         code.push(0x9d);
@@ -170,6 +191,17 @@ impl Trampoline {
         debug_assert!(code.len() as u64 <= SLOT);
         Self { bytes: code, call }
     }
+}
+
+/// `rt_sigprocmask(SIG_SETMASK, rbx + at, NULL, 8)`.
+fn set_signal_mask(code: &mut Vec<u8>, at: u64) {
+    for (opcode, value) in [(0xb8, libc::SYS_rt_sigprocmask as u32), (0xbf, libc::SIG_SETMASK as u32), (0xba, 0)] {
+        code.push(opcode); // mov eax, edi, edx
+        code.extend(value.to_le_bytes());
+    }
+    code.extend([0x48, 0x8d, 0x73, at as u8]); // lea rsi, [rbx + at]
+    code.extend([0x41, 0xba, 8, 0, 0, 0]); // mov r10d, 8
+    code.extend([0x0f, 0x05]); // syscall
 }
 
 /// Where a thread may be borrowed: what is known of the process's mappings.
@@ -428,11 +460,14 @@ fn try_on(
     let slots = (0..CODE_LEN / SLOT).map(|i| room.code.plus(i * SLOT));
     let is_free = |at: &RunAddr| memory.read_vec(*at, SLOT as usize).is_ok_and(|bytes| bytes.iter().all(|&b| b == 0));
     let slot = slots.into_iter().find(is_free).ok_or(CallError::NoRoom(pid))?;
-    let trampoline = Trampoline::new(&registers, function);
+    let trampoline = Trampoline::new(&registers, function, arguments);
+    let own = Own { registers, signals: tracee.signal_mask()? };
     memory.write(room.data.plus(DONE), &[0; 16])?;
+    memory.write(room.data.plus(ALL_SIGNALS), &u64::MAX.to_le_bytes())?;
+    memory.write(room.data.plus(OWN_SIGNALS), &own.signals.to_le_bytes())?;
     memory.write(slot, &trampoline.bytes)?;
     pass("remote:trampoline-written", pid);
-    let outcome = borrow(&mut tracee, memory, registers, room, slot, &trampoline, arguments);
+    let outcome = borrow(&mut tracee, memory, &own, room, slot, &trampoline);
     match outcome {
         Err(CallError::Lost(_)) => {
             if tracee.interrupt().is_ok() && come_to_rest(&mut tracee).is_err() {
@@ -455,26 +490,37 @@ fn is_used(tracee: &Tracee, memory: &Memory, places: &Places, slot: RunAddr) -> 
     Ok(inside(registers.rip) || words_above(&places.maps, memory, registers.rsp, MAX_STACK).any(inside))
 }
 
+/// What a borrowed thread is to have again.
+struct Own {
+    registers: Registers,
+    /// The signals that it blocks.
+    signals: u64,
+}
+
+impl Own {
+    /// Gives a stopped thread all of it.
+    fn give_back(&self, tracee: &Tracee) -> Result<(), RemoteError> {
+        tracee.set_registers(self.registers)?;
+        tracee.set_signal_mask(self.signals)
+    }
+}
+
 /// Lets a stopped thread run the trampoline. It is stopped again when this returns without an error.
 fn borrow(
     tracee: &mut Tracee,
     memory: &Memory,
-    registers: Registers,
+    own: &Own,
     room: Room,
     slot: RunAddr,
     trampoline: &Trampoline,
-    arguments: [u64; 2],
 ) -> Result<Try, CallError> {
-    let pid = tracee.pid;
-    let [rdi, rsi] = arguments;
+    let (pid, registers) = (tracee.pid, own.registers);
     let rsp = (registers.rsp - RED_ZONE) & !15;
     // orig_rax = -1: the thread is in no system call, so the kernel has none to restart.
     tracee.set_registers(Registers {
         rip: slot.0,
         rsp,
         rbx: room.data.0,
-        rdi,
-        rsi,
         eflags: registers.eflags & !(1 << 10),
         orig_rax: u64::MAX,
         ..registers
@@ -482,7 +528,7 @@ fn borrow(
     pass("remote:registers-set", pid);
     tracee.go_on(0)?;
     // From here on the function may be called. An error must not look as if it had not been: nobody may try again.
-    match until_done(tracee, memory, registers, room, slot, trampoline) {
+    match until_done(tracee, memory, own, room, slot, trampoline) {
         Ok(true) => {}
         Ok(false) => return Ok(Try::Again),
         Err(RemoteError::Died(_)) if is_ending(pid) => return Err(RemoteError::Died(pid).into()),
@@ -493,9 +539,9 @@ fn borrow(
     let result = u64::from_le_bytes(result.try_into().expect("eight bytes"));
     // It is done, whatever becomes of the thread: it may have ended by now.
     if tracee.is_attached() && tracee.interrupt().is_ok() && come_to_rest(tracee).is_ok_and(|stopped| stopped) {
-        // On its way home already, or still in the last moves: then the kernel restarts what our stop had interrupted.
+        // It waits for this, or is in the last moves already. The kernel restarts what our stop had interrupted.
         if tracee.registers().is_ok_and(|r| (slot.0..slot.0 + SLOT).contains(&r.rip)) {
-            let _ = tracee.set_registers(registers);
+            let _ = own.give_back(tracee);
         }
     }
     pass("remote:registers-restored", pid);
@@ -507,7 +553,7 @@ fn borrow(
 fn until_done(
     tracee: &mut Tracee,
     memory: &Memory,
-    registers: Registers,
+    own: &Own,
     room: Room,
     slot: RunAddr,
     trampoline: &Trampoline,
@@ -522,12 +568,12 @@ fn until_done(
         };
         match report {
             Some(Report::Signal(_)) if !begun(tracee)? => {
-                tracee.set_registers(registers)?;
+                own.give_back(tracee)?;
                 // The signal is delivered when the thread is let go.
                 return Ok(false);
             }
             Some(Report::Stopped) if !begun(tracee)? => {
-                tracee.set_registers(registers)?;
+                own.give_back(tracee)?;
                 return Ok(false);
             }
             Some(Report::Signal(signal)) => tracee.go_on(signal)?,

@@ -10,6 +10,9 @@ use std::ptr;
 
 pub(crate) type Registers = libc::user_regs_struct;
 
+// include/uapi/linux/ptrace.h
+const PTRACE_GETSIGMASK: libc::c_uint = 0x420a;
+const PTRACE_SETSIGMASK: libc::c_uint = 0x420b;
 /// More bytes than any processor's XSAVE area has (with AMX: 11 KB).
 const MAX_STATE: usize = 16 << 10;
 
@@ -157,6 +160,25 @@ impl Tracee {
         Errno::result(result).map_err(|errno| RemoteError::from_errno(self.pid, "reading registers", errno))?;
         state.truncate(vector.iov_len);
         Ok(state)
+    }
+
+    /// The signals that it has blocked, a bit each; it must be stopped.
+    pub fn signal_mask(&self) -> Result<u64, RemoteError> {
+        let mut mask = 0u64;
+        self.mask_request("reading its signal mask", PTRACE_GETSIGMASK, &mut mask)?;
+        Ok(mask)
+    }
+
+    /// Blocks these signals and no others; it must be stopped.
+    pub fn set_signal_mask(&self, mut mask: u64) -> Result<(), RemoteError> {
+        self.mask_request("writing its signal mask", PTRACE_SETSIGMASK, &mut mask)
+    }
+
+    fn mask_request(&self, what: &'static str, request: libc::c_uint, mask: &mut u64) -> Result<(), RemoteError> {
+        let size = ptr::without_provenance_mut::<c_void>(size_of::<u64>());
+        // SAFETY: the kernel reads or writes eight bytes at `mask`, as it is told, which outlives the call.
+        let result = unsafe { libc::ptrace(request, self.tid, size, ptr::from_mut(mask).cast::<c_void>()) };
+        Errno::result(result).map(drop).map_err(|errno| RemoteError::from_errno(self.pid, what, errno))
     }
 
     /// Sets its registers in one step; it must be stopped.

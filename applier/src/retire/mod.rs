@@ -94,15 +94,17 @@ impl Swept {
     }
 }
 
-/// Frees every generation of process `pid` that is out of force and that nothing refers to any more.
+/// Frees every generation of process `pid` that is out of force and that nothing refers to any more, if there are more
+/// than `but` of them: to look for references costs the process a stop of some milliseconds, and a generation that is
+/// still there need not be made and mapped again when its plan is.
 ///
 /// # Errors
 /// The process is gone, not ours to change, or another dyni is at work on it. What could not be freed is no error.
-pub fn sweep(pid: i32) -> Result<Swept, ApplyError> {
-    in_own_thread(|| sweep_here(pid)).map_err(|e| e.or_death(pid))
+pub fn sweep(pid: i32, but: usize) -> Result<Swept, ApplyError> {
+    in_own_thread(|| sweep_here(pid, but)).map_err(|e| e.or_death(pid))
 }
 
-fn sweep_here(pid: i32) -> Result<Swept, ApplyError> {
+fn sweep_here(pid: i32, but: usize) -> Result<Swept, ApplyError> {
     let _lock = Lock::take(pid)?.ok_or(ApplyError::Locked(pid))?;
     let memory = Memory::open(pid)?;
     let (entries, _) = ledger::find_all(pid, &maps::mappings(pid)?, &memory);
@@ -110,7 +112,8 @@ fn sweep_here(pid: i32) -> Result<Swept, ApplyError> {
     let out_of_force = |e: &Entry| !e.ledger.only_remembers() && e.journal.entered != 0 && e.in_force(&memory) == 0;
     let (mut retired, others): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(out_of_force);
     let mut swept = Swept::default();
-    if retired.is_empty() {
+    // What was begun is brought to its end.
+    if retired.len() <= but && retired.iter().all(|e| e.release == Release::No) {
         return Ok(swept);
     }
     let mut why: Vec<Option<Kept>> = vec![None; retired.len()];
