@@ -13,7 +13,7 @@ use crate::remote::{Memory, RemoteError};
 use crate::shortcuts::Shortcuts;
 use crate::unwind::register::{self, Place};
 use dyni_collector::maps::Mapping;
-use dyni_schema::envelope::{self, Kind, OpenError, Record, SealError, decode, encode};
+use dyni_schema::envelope::{self, Kind, OpenError, Record, SealError, decode_only_version, encode};
 use dyni_schema::{BuildId, CacheAddr, Invalid, LinkAddr, RunAddr};
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -165,10 +165,7 @@ impl Record for Ledger {
     }
 
     fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
-        match version {
-            1 => decode::<Self, Self>(payload),
-            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
-        }
+        decode_only_version(version, payload)
     }
 
     fn validate(&self) -> Result<(), Invalid> {

@@ -275,10 +275,7 @@ impl Record for Profile {
     }
 
     fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
-        match version {
-            1 => decode::<Self, Self>(payload),
-            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
-        }
+        decode_only_version(version, payload)
     }
 
     fn validate(&self) -> Result<(), Invalid> {
@@ -295,10 +292,7 @@ impl Record for WorkingSet {
     }
 
     fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
-        match version {
-            1 => decode::<Self, Self>(payload),
-            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
-        }
+        decode_only_version(version, payload)
     }
 
     fn validate(&self) -> Result<(), Invalid> {
@@ -492,6 +486,22 @@ where
     rkyv::from_bytes::<V, rancor::Error>(payload)
         .map(T::from)
         .map_err(|e| OpenError::Malformed { kind: T::KIND, what: format!("{e}") })
+}
+
+/// What [`Record::open_version`] does for a record of which there has been one version only.
+///
+/// # Errors
+/// [`OpenError::NoSuchVersion`] for any other than 1; [`OpenError::Malformed`] as for [`decode`].
+pub fn decode_only_version<T>(version: u16, payload: &AlignedVec) -> Result<T, OpenError>
+where
+    T: Record + rkyv::Archive,
+    T::Archived:
+        for<'a> CheckBytes<HighValidator<'a, rancor::Error>> + rkyv::Deserialize<T, HighDeserializer<rancor::Error>>,
+{
+    match version {
+        1 => decode::<T, T>(payload),
+        _ => Err(OpenError::NoSuchVersion { kind: T::KIND, found: version }),
+    }
 }
 
 /// The identity of sealed bytes: their BLAKE3 hash.

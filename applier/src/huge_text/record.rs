@@ -4,7 +4,7 @@
 use crate::remote::{Caller, Memory, RemoteError};
 use crate::{error::ApplyError, failpoint};
 use dyni_collector::maps::{FileId, Mapping};
-use dyni_schema::envelope::{self, Kind, OpenError, SealError, decode, encode};
+use dyni_schema::envelope::{self, Kind, OpenError, SealError, decode_only_version, encode};
 use dyni_schema::{BuildId, Invalid, RunAddr};
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Deserialize, Serialize};
@@ -53,10 +53,7 @@ impl envelope::Record for Record {
     }
 
     fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
-        match version {
-            1 => decode::<Self, Self>(payload),
-            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
-        }
+        decode_only_version(version, payload)
     }
 
     fn validate(&self) -> Result<(), Invalid> {
