@@ -10,9 +10,10 @@ static void change(int sig)
     phase = !phase;
 }
 
-/* The asm is what keeps the compiler from folding the two into one. */
+/* The asm is what keeps the compiler from folding the two into one; apart from each other they are two pieces of code for
+ * who looks at some hundred bytes at a time. */
 #define WORK(name)                                                                                                     \
-    static NOINLINE u64 name##_step(u64 a, u64 op)                                                                     \
+    static NOINLINE __attribute__((aligned(1024))) u64 name##_step(u64 a, u64 op)                                      \
     {                                                                                                                  \
         __asm__ volatile("/* " #name " step */");                                                                      \
         if (op & 1) a += op * 3;                                                                                       \
@@ -21,7 +22,7 @@ static void change(int sig)
         if ((op & 12) == 12) a = a / 5 + 1;                                                                            \
         return a;                                                                                                      \
     }                                                                                                                  \
-    static NOINLINE u64 name##_walk(u64 seed, int n)                                                                   \
+    static NOINLINE __attribute__((aligned(1024))) u64 name##_walk(u64 seed, int n)                                    \
     {                                                                                                                  \
         __asm__ volatile("/* " #name " walk */");                                                                      \
         u64 s = seed, a = seed;                                                                                        \
