@@ -14,6 +14,8 @@ const PAGE: u64 = 4096;
 const STACK_LIMIT: u64 = 64 << 20;
 /// The same where the stack lies inside a larger mapping (a coroutine on the heap).
 const HEAP_STACK_LIMIT: u64 = 1 << 20;
+/// Places that are further apart, in bytes, are looked for apart.
+const FAR: u64 = 64 << 20;
 /// Bytes below the stack pointer that belong to the running function (System V ABI, 3.2.2).
 const RED_ZONE: u64 = 128;
 
@@ -87,9 +89,11 @@ pub(crate) fn pointed_into(
     places: &[RunAddr],
 ) -> BTreeSet<RunAddr> {
     let mut found = BTreeSet::new();
-    let (Some(first), Some(last)) = (places.first(), places.last()) else { return found };
-    let low = first.0;
-    let high = last.0 + PATCH as u64;
+    // Modules lie far apart, and much of what is on a stack lies between them.
+    let modules: Vec<Range<u64>> = places
+        .chunk_by(|a, b| b.0 - a.0 < FAR)
+        .map(|of_one| of_one[0].0 + 1..of_one[of_one.len() - 1].0 + PATCH as u64)
+        .collect();
     let mut seen = BTreeSet::new();
     for thread in &stopped.threads {
         for region in stacks(thread.rsp(), thread.thread_area(), maps) {
@@ -100,7 +104,7 @@ pub(crate) fn pointed_into(
             let n = memory.read_some(RunAddr(region.start), &mut bytes);
             for word in bytes[..n].chunks_exact(8) {
                 let value = u64::from_le_bytes(word.try_into().expect("eight bytes"));
-                if value <= low || value >= high {
+                if !modules.iter().any(|m| m.contains(&value)) {
                     continue;
                 }
                 let before = places.partition_point(|p| p.0 < value);
