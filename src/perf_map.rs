@@ -29,8 +29,6 @@ const MARK: &str = "[dyni code cache]";
 const UNFINISHED: &str = ".dyni-perf-";
 /// How long the map of a process that has ended is kept.
 const KEPT: Duration = Duration::from_secs(24 * 60 * 60);
-/// How many maps are looked at each time.
-const AT_ONCE: usize = 32;
 
 /// Who a perf map belongs to.
 enum Author {
@@ -96,32 +94,36 @@ fn has_mark(file: &File) -> bool {
     read.is_ok() && line.trim_end().split(' ').skip(2).collect::<Vec<_>>().join(" ") == MARK
 }
 
-/// Removes maps of dyni's, of this user, whose process ended more than a day ago. A few at a time: an apply must not become
-/// slow where thousands of processes came and went.
+/// Removes maps of dyni's, of this user, whose process ended more than a day ago. Where thousands of processes came and went
+/// there are as many maps: most are too young, and no more is asked of those than their age.
 pub fn sweep() {
     let Ok(list) = fs::read_dir(FOLDER) else { return };
-    let names = list.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-    let candidates = names.filter_map(|name| {
+    for entry in list.flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
         let unfinished = name.starts_with(UNFINISHED);
         let pid = name.strip_prefix("perf-").and_then(|n| n.strip_suffix(".map")?.parse::<i32>().ok());
-        (unfinished || pid.is_some()).then_some((name, unfinished, pid))
-    });
-    for (name, unfinished, pid) in candidates.take(AT_ONCE) {
-        let path = Path::new(FOLDER).join(name);
+        if (!unfinished && pid.is_none()) || !entry.metadata().is_ok_and(|facts| is_old(&facts)) {
+            continue;
+        }
         let of_the_dead = pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
-        if (unfinished || of_the_dead) && is_stale(&path, unfinished) {
+        if (unfinished || of_the_dead) && is_stale(&entry.path(), unfinished) {
             // Whoever was faster has removed it.
-            let _ = fs::remove_file(path);
+            let _ = fs::remove_file(entry.path());
         }
     }
+}
+
+fn is_old(facts: &fs::Metadata) -> bool {
+    let age = facts.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
+    age.is_some_and(|age| age > KEPT)
 }
 
 fn is_stale(path: &Path, unfinished: bool) -> bool {
     let Ok(Some(file)) = open(path) else { return false };
     let Ok(facts) = file.metadata() else { return false };
-    let age = facts.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
     let ours = facts.uid() == nix::unistd::geteuid().as_raw() && facts.nlink() == 1;
-    ours && age.is_some_and(|age| age > KEPT) && (unfinished || has_mark(&file))
+    ours && is_old(&facts) && (unfinished || has_mark(&file))
 }
 
 #[cfg(test)]
