@@ -187,15 +187,20 @@ def run(asked):
     return 0 if good else 1
 
 
+def told(name, work):
+    """The exit status of what a command does; its errors are for people."""
+    try:
+        with terminable():
+            return work()
+    except BenchError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; all that it started is stopped", file=sys.stderr)
+        return 130
+
+
 def main(argv):
     """The exit status."""
     asked = options(argv)
-    try:
-        with terminable():
-            return run(asked)
-    except BenchError as error:
-        print(f"bench/run: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nbench/run: interrupted; all that it started is stopped", file=sys.stderr)
-        return 130
+    return told("bench/run", lambda: run(asked))

@@ -10,10 +10,9 @@ import argparse
 import json
 import os
 import pathlib
-import sys
 import tempfile
 
-from .cli import BENCH, listed, positive, progress, terminable
+from .cli import BENCH, listed, positive, progress, told
 from .databases import MariaDB, Postgres
 from .dyni import Dyni, find
 from .errors import BenchError
@@ -135,12 +134,4 @@ def run(asked):
 def main(argv):
     """The exit status."""
     asked = options(argv)
-    try:
-        with terminable():
-            return run(asked)
-    except BenchError as error:
-        print(f"bench/drift: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nbench/drift: interrupted; all that it started is stopped", file=sys.stderr)
-        return 130
+    return told("bench/drift", lambda: run(asked))
