@@ -63,16 +63,18 @@ impl KeptReport {
 /// The first process that could not be undone; the others are done all the same.
 pub fn run(args: &UndoArgs, contact: Option<&Contact>, out: Output) -> Result<(), Failure> {
     let kept = if args.free { 0 } else { KEPT };
-    if contact.map_or(Ok(false), |c| control::undo(args, c, out))? {
-        if let Some(Ok(mut group)) = args.pid.as_ref().filter(|_| args.free).map(|spec| find(spec)) {
-            sweep_group(&mut group, kept);
-        }
+    let by_daemon = contact.map_or(Ok(false), |c| control::undo(args, c, out))?;
+    if by_daemon && !args.free {
         return Ok(());
     }
     let mut groups = match &args.pid {
         Some(spec) => vec![find(spec)?],
         None => dynimized()?.groups.into_iter().map(|(group, _)| group).collect(),
     };
+    if by_daemon {
+        groups.iter_mut().for_each(|group| drop(sweep_group(group, kept)));
+        return Ok(());
+    }
     let mut report = UndoReport { state: StateWord(State::Undynimized), processes: Vec::new(), lines: Vec::new() };
     let mut first_failure = None;
     for group in &mut groups {

@@ -437,6 +437,16 @@ pub(crate) fn revoke(memory: &Memory, at: RunAddr) -> Result<(), RemoteError> {
     memory.write(at, &[0; MAGIC.len()])
 }
 
+/// The mappings in which dyni may have left a record of what it did: private, read-only, anonymous memory.
+pub(crate) fn may_hold_records(maps: &[Mapping]) -> impl Iterator<Item = &Mapping> {
+    maps.iter().filter(|m| {
+        let name = m.path.as_os_str().as_encoded_bytes();
+        let anonymous = m.file.inode == 0 && (name.is_empty() || name.starts_with(b"[anon:"));
+        let read_only = m.readable && !m.writable && !m.executable && !m.shared;
+        anonymous && read_only && m.range.end - m.range.start <= 64 << 20
+    })
+}
+
 /// Every ledger among these mappings of process `pid`, oldest first, and a line for each that can't be read. Of a
 /// generation whose release has begun only the pages are known that it wrote to: its cache may be gone, and another one
 /// be in its place.
@@ -453,13 +463,7 @@ pub fn find(pid: i32, maps: &[Mapping], memory: &Memory) -> (Vec<Entry>, Vec<Str
 #[must_use]
 pub(crate) fn find_all(pid: i32, maps: &[Mapping], memory: &Memory) -> (Vec<Entry>, Vec<String>) {
     let (mut entries, mut damaged) = (Vec::new(), Vec::new());
-    let candidates = maps.iter().filter(|m| {
-        let name = m.path.as_os_str().as_encoded_bytes();
-        let anonymous = m.file.inode == 0 && (name.is_empty() || name.starts_with(b"[anon:"));
-        let read_only = m.readable && !m.writable && !m.executable && !m.shared;
-        anonymous && read_only && m.range.end - m.range.start <= 64 << 20
-    });
-    for map in candidates {
+    for map in may_hold_records(maps) {
         // Neighbours with equal protection are one mapping to the kernel, so a ledger may start at any page of it.
         let mut at = map.range.start;
         while at < map.range.end {

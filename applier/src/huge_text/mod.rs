@@ -165,7 +165,9 @@ fn move_region(pid: i32, module: &maps::MappedModule, region: &Region, memory: &
     let mut moved = record::write(record, memory, &caller, pid)?;
     let taken = make_copy(pid, memory, &caller, &mut moved, &bytes).and_then(|()| {
         park(memory, &caller, &moved, &bytes, pid)?;
-        put_in_place(&caller, &moved, pid)
+        move_over(&caller, moved.record.copy(), start, size)?;
+        failpoint::pass("text:moved", pid);
+        Ok(())
     });
     match taken {
         Ok(()) => {
@@ -230,51 +232,41 @@ fn park(memory: &Memory, caller: &Caller<'_>, moved: &Moved, bytes: &[u8], pid: 
     Ok(())
 }
 
-/// Moves the copy over the text.
-fn put_in_place(caller: &Caller<'_>, moved: &Moved, pid: i32) -> Result<(), MoveError> {
-    let Record { start, size, copy, .. } = moved.record;
-    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-    caller.call("mremap", libc::SYS_mremap, [copy, size, size, flags, start, 0])?;
-    failpoint::pass("text:moved", pid);
-    Ok(())
-}
-
-/// Puts the file's own mapping back, as far as it is away, and unmaps what was needed for it, the record last.
+/// Puts the file's own mapping back, as far as it is away, and unmaps what was needed for it, the record last; how many
+/// bytes of text were a copy.
 ///
 /// # Errors
 /// [`ApplyError::Module`] if the text is not what was put there: somebody patches it.
-pub(crate) fn put_back(pid: i32, memory: &Memory, caller: &Caller<'_>, moved: &Moved) -> Result<(), ApplyError> {
+pub(crate) fn put_back(pid: i32, memory: &Memory, caller: &Caller<'_>, moved: &Moved) -> Result<u64, ApplyError> {
     let record = &moved.record;
     let (start, size) = (RunAddr(record.start), record.size);
     let now = moved.state(&maps::mappings(pid)?);
-    if now.text_is_copy {
-        if now.parked_is_file {
-            let protect = |to: u64| caller.call("mprotect", libc::SYS_mprotect, [record.parked().0, size, to, 0, 0, 0]);
-            if !same_bytes(memory, start, record.parked(), size) {
-                let why = "its text on huge pages was changed by somebody: it stays there".to_owned();
-                return Err(ApplyError::Module { module: record.module.clone(), why });
-            }
-            protect(READ_EXECUTE)?;
-            failpoint::pass("text:parked-executable", pid);
-            let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-            caller.call("mremap", libc::SYS_mremap, [record.parked().0, size, size, flags, start.0, 0])?;
-        }
-    } else {
-        if now.parked_is_file && !same_bytes(memory, start, record.parked(), size) {
-            // Whoever wrote to the text in the moment in which it was moved aside gets it back, written.
-            caller.call("mprotect", libc::SYS_mprotect, [record.parked().0, size, READ_EXECUTE, 0, 0, 0])?;
-            let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-            caller.call("mremap", libc::SYS_mremap, [record.parked().0, size, size, flags, start.0, 0])?;
-        } else if now.parked_is_file || now.parked_is_reserved {
-            caller.call("munmap", libc::SYS_munmap, [record.parked().0, size, 0, 0, 0, 0])?;
-        }
-        if now.copy_is_ours {
-            caller.call("munmap", libc::SYS_munmap, [record.copy, size, 0, 0, 0, 0])?;
-        }
+    let parked = record.parked();
+    let changed = now.parked_is_file && !same_bytes(memory, start, parked, size);
+    if now.text_is_copy && changed {
+        let why = "its text on huge pages was changed by somebody: it stays there".to_owned();
+        return Err(ApplyError::Module { module: record.module.clone(), why });
+    }
+    // Whoever wrote to the text in the moment in which it was moved aside gets it back, written.
+    if now.parked_is_file && (now.text_is_copy || changed) {
+        caller.call("mprotect", libc::SYS_mprotect, [parked.0, size, READ_EXECUTE, 0, 0, 0])?;
+        failpoint::pass("text:parked-executable", pid);
+        move_over(caller, parked, start, size)?;
+    } else if !now.text_is_copy && (now.parked_is_file || now.parked_is_reserved) {
+        caller.call("munmap", libc::SYS_munmap, [parked.0, size, 0, 0, 0, 0])?;
+    }
+    if now.copy_is_ours {
+        caller.call("munmap", libc::SYS_munmap, [record.copy, size, 0, 0, 0, 0])?;
     }
     failpoint::pass("text:put-back", pid);
     moved.unmap(memory, caller);
-    Ok(())
+    Ok(if now.text_is_copy { size } else { 0 })
+}
+
+/// Moves a mapping over what lies at another place.
+fn move_over(caller: &Caller<'_>, from: RunAddr, to: RunAddr, size: u64) -> Result<(), RemoteError> {
+    let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+    caller.call("mremap", libc::SYS_mremap, [from.0, size, size, flags, to.0, 0]).map(drop)
 }
 
 /// Puts back all moved text of the process; how many bytes, and a line for each region that has to stay.
@@ -287,9 +279,8 @@ pub(crate) fn undo(pid: i32, memory: &Memory) -> Result<(u64, Vec<String>), Appl
     let room = room::find(pid, memory)?;
     let caller = Caller::new(pid, memory, room.at);
     for moved in &all {
-        let size = if moved.state(&maps::mappings(pid)?).text_is_copy { moved.record.size } else { 0 };
         match put_back(pid, memory, &caller, moved) {
-            Ok(()) => bytes += size,
+            Ok(size) => bytes += size,
             Err(e @ ApplyError::Module { .. }) => left.push(e.to_string()),
             Err(e) => return Err(e),
         }

@@ -1,6 +1,7 @@
 //! What was done to one region of text, kept in the process, so that a later dyni can tell and undo it. As with the ledger,
 //! what is in force is not written anywhere: the mappings say it.
 
+use crate::ledger::may_hold_records;
 use crate::remote::{Caller, Memory, RemoteError};
 use crate::{error::ApplyError, failpoint};
 use dyni_collector::maps::{FileId, Mapping};
@@ -170,14 +171,7 @@ pub(super) fn write(record: Record, memory: &Memory, caller: &Caller<'_>, pid: i
 /// Every record among these mappings of a process. What can't be read is none.
 pub(crate) fn find(maps: &[Mapping], memory: &Memory) -> Vec<Moved> {
     let mut found = Vec::new();
-    for map in maps.iter().filter(|m| {
-        m.file.inode == 0
-            && m.readable
-            && !m.writable
-            && !m.executable
-            && !m.shared
-            && m.range.end - m.range.start <= 64 << 20
-    }) {
+    for map in may_hold_records(maps) {
         let pages = (map.range.start..map.range.end).step_by(PAGE as usize);
         found.extend(pages.filter_map(|at| read(memory, RunAddr(at), map.range.end - at)));
     }

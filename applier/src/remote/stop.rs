@@ -52,12 +52,6 @@ impl StoppedThread {
         Ok(bytes)
     }
 
-    /// Its thread id.
-    #[must_use]
-    pub fn tid(&self) -> i32 {
-        self.tracee.tid
-    }
-
     /// Whether it was interrupted in a system call that the kernel may yet restart by moving RIP back two bytes.
     #[must_use]
     pub fn in_syscall(&self) -> bool {
