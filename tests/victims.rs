@@ -86,8 +86,7 @@ victims! {
     // Most of the time goes into the unwinder.
     exceptions: Somewhere;
     vtables: Watched;
-    // Its threads live for less than a millisecond, and the sampler may see too little of them.
-    cpp_threads: Maybe;
+    cpp_threads: Served;
     foreign: Served;
     noexcepts: Racing;
     odd_maps: Watched;

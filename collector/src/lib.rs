@@ -25,7 +25,7 @@ pub mod record;
 pub mod records;
 pub mod target;
 
-pub use cpu_time::cpu_time;
+pub use cpu_time::{cpu_time, lives_are_brief};
 pub use group::Group;
 pub use maps::{AddressMap, MappedModule, modules as modules_of};
 pub use record::{MethodChoice, Progress, RecordError, RecordOptions, Recording, StopReason, record};

@@ -2,10 +2,12 @@
 //!
 //! An event that is inherited by new threads and children can't have a ring buffer across CPUs, so there is one event
 //! per thread and CPU, all events of a CPU writing into one ring. Where that needs more file descriptors than there are,
-//! one event per CPU watches the whole system and strangers are filtered out when records are read.
+//! or would miss threads that live too briefly, one event per CPU watches the whole system and strangers are filtered out
+//! when records are read.
 //!
 //! There is no system call per sample: the rings are read where they are mapped, some ten times a second.
 
+use crate::cpu_time::lives_are_brief;
 use crate::record::default_frequency_hz;
 use crate::records::{self, Branch, Event, Timed};
 use crate::target::Target;
@@ -147,6 +149,11 @@ impl Session {
         let frequency_hz = frequency_hz.clamp(1, max_sample_rate());
         let threads: Vec<i32> = members.iter().flat_map(Target::thread_ids).collect();
         let cpus = online_cpus();
+        if members.iter().any(|m| lives_are_brief(m.pid))
+            && let Ok(session) = Self::open_scope(&threads, &cpus, Scope::System, method, frequency_hz)
+        {
+            return Ok(session);
+        }
         let needed = (threads.len() * cpus.len()) as u64 + SPARE_FDS;
         if needed <= raise_open_files(needed) {
             let opened = Self::open_scope(&threads, &cpus, Scope::Group, method, frequency_hz);

@@ -1,6 +1,7 @@
 //! A recording: the best sampler that works, for a while, as a [`Profile`].
 
 use crate::attribution::{Attribution, Image, Resolve, Totals, bounded};
+use crate::cpu_time::cpu_time;
 use crate::group::Group;
 use crate::host;
 use crate::maps::ModuleReader;
@@ -118,6 +119,12 @@ pub enum RecordError {
     /// The time was over and nothing was seen in user code.
     #[error("no samples in {} ms: the target was idle, record it under load", .0.as_millis())]
     NoSamples(Duration),
+    /// The same, though the target worked for this long.
+    #[error(
+        "no samples, though the target used {} ms of processor time: in the kernel, or in threads that live too briefly to be \
+         seen one by one; record it as root or with CAP_PERFMON", .0.as_millis()
+    )]
+    Unseen(Duration),
     /// The sampler itself failed half-way.
     #[error("sampling failed: {0}")]
     Sampler(std::io::Error),
@@ -131,7 +138,7 @@ impl RecordError {
             Self::Target(e) => e.kind(),
             Self::NoSampler(_) => ErrorKind::Refused,
             Self::NotASampler(_) => ErrorKind::Usage,
-            Self::TargetExited | Self::NoSamples(_) | Self::Sampler(_) => ErrorKind::Failed,
+            Self::TargetExited | Self::NoSamples(_) | Self::Unseen(_) | Self::Sampler(_) => ErrorKind::Failed,
         }
     }
 }
@@ -237,6 +244,8 @@ pub fn record(
     let started = SystemTime::now();
     let (mut sampler, note) = choose(options.method, |method| Sampler::open(group, method, options.frequency_hz))?;
     let begin = Instant::now();
+    let used = || -> Duration { group.members.iter().filter_map(|m| cpu_time(m.pid)).sum() };
+    let used_before = used();
     let (method, frequency_hz) = (sampler.method(), sampler.frequency_hz());
     let load = Box::new(loader(&group.root));
     let mut attribution = Attribution::new(load, options.resolve, sampler.sees_only_ours());
@@ -267,7 +276,10 @@ pub fn record(
     if totals.samples + totals.outside == 0 {
         return Err(match stopped {
             StopReason::TargetExited => RecordError::TargetExited,
-            _ => RecordError::NoSamples(elapsed),
+            _ => match used().saturating_sub(used_before) {
+                busy if busy * 10 > elapsed => RecordError::Unseen(busy),
+                _ => RecordError::NoSamples(elapsed),
+            },
         });
     }
     let profile = Profile {

@@ -4,7 +4,8 @@ mod common;
 
 use common::{Victim, Workshop, has_clock};
 use dyni_collector::{
-    Group, MethodChoice, Progress, RecordError, RecordOptions, Recording, StopReason, Target, modules_of, record,
+    Group, MethodChoice, Progress, RecordError, RecordOptions, Recording, StopReason, Target, cpu_time,
+    lives_are_brief, modules_of, record,
 };
 use dyni_schema::{Method, ModuleProfile, Profile};
 use std::ops::Range;
@@ -73,6 +74,29 @@ fn threads_born_during_the_recording_appear() {
     let late = inside(module(&profile, "victim"), &shop.function("victim", "hot_two"));
     assert!(late * 10 > profile.samples, "{late} of {}", profile.samples);
     assert_eq!(profile.threads, 4);
+}
+
+#[test]
+fn threads_too_brief_for_a_clock_of_their_own_are_seen() {
+    let Some(shop) = Workshop::open() else { return };
+    if !has_clock() {
+        return;
+    }
+    let lasting = shop.start(&["burn"]);
+    let victim = shop.start(&["brief"]);
+    assert!(lives_are_brief(victim.pid()) && !lives_are_brief(lasting.pid()));
+    let before = cpu_time(victim.pid()).unwrap();
+    let group = Group::of(&Target::by_pid(victim.pid()).unwrap()).unwrap();
+    let recording = record(&group, &options(Method::Clock, 1000), &mut |_| true);
+    let used = cpu_time(victim.pid()).unwrap() - before;
+    if !nix::unistd::geteuid().is_root() {
+        return println!("skipped: only root may look at the whole system");
+    }
+    let profile = checked(recording.unwrap());
+    let seen = inside(module(&profile, "victim"), &shop.function("victim", "hot_two"));
+    let wanted = used.as_millis() as u64 * profile.frequency_hz / 1000;
+    // Some of the time goes into the making of threads.
+    assert!(seen * 3 > wanted, "{seen} of {wanted}");
 }
 
 #[test]

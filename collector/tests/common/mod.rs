@@ -29,6 +29,7 @@ static double cpu(void) { struct timespec t; clock_gettime(CLOCK_PROCESS_CPUTIME
 static void burn(double seconds) { for (double end = cpu() + seconds; cpu() < end;) hot_one(200000); }
 static void *burn_one(void *unused) { for (;;) hot_one(1000000); return unused; }
 static void *burn_two(void *unused) { for (;;) hot_two(1000000); return unused; }
+static void *briefly(void *unused) { hot_two(100000); return unused; }
 static void *until_eof(void *unused) { char c; while (read(0, &c, 1) > 0); _exit(0); return unused; }
 static volatile sig_atomic_t signals;
 static void count_signal(int s) { (void)s; signals++; }
@@ -46,6 +47,13 @@ int main(int argc, char **argv) {
         usleep(300000);
         pthread_create(&t, 0, burn_two, 0); /* born during the recording */
         burn_one(0);
+    }
+    if (!strcmp(mode, "brief")) { /* no thread lives for a period of the sampler */
+        for (int i = 0; ; i++) {
+            if (i == 200) ready();
+            pthread_create(&t, 0, briefly, 0);
+            pthread_join(t, 0);
+        }
     }
     if (!strcmp(mode, "forks")) { /* a master that forks workers all the time */
         ready();
