@@ -48,7 +48,8 @@ const WAIT_MS: u32 = 200;
 /// How long a thread at a safe point is looked for, and how often at least, on a machine that is busy with other things.
 const SEARCH: Duration = Duration::from_secs(1);
 const ROUNDS: u32 = 50;
-/// After so many looks in a row at which every thread waits inside a signal handler, that is where the program lives.
+/// After so many looks in a row at which no thread could serve later either (every one waits inside a signal handler, so that
+/// is where the program lives), the search is over.
 const HOPELESS: u32 = 10;
 /// After so many looks a thread that computes will do, too.
 const PATIENT_ROUNDS: u32 = 5;
@@ -381,6 +382,8 @@ fn call_here(
     let mut frames: Option<Frames> = None;
     let mut walked: HashMap<i32, Walked> = HashMap::new();
     let mut stragglers = Stragglers::default();
+    // A static program waits in code of its own, which is not known to hold no lock there.
+    let nowhere = places.library.is_empty() && !computing;
     let (mut rounds, mut hopeless) = (0, 0);
     while (start.elapsed() < SEARCH || rounds < ROUNDS) && hopeless < HOPELESS {
         rounds += 1;
@@ -412,7 +415,7 @@ fn call_here(
                 Err(e) => return Err(e),
             }
         }
-        hopeless = if in_handlers == all.len() { hopeless + 1 } else { 0 };
+        hopeless = if nowhere || in_handlers == all.len() { hopeless + 1 } else { 0 };
         std::thread::sleep(Duration::from_millis(2));
     }
     if threads(pid)?.is_empty() { Err(RemoteError::Died(pid).into()) } else { Err(CallError::NoSafePoint(pid)) }
