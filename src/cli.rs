@@ -263,6 +263,9 @@ pub struct DaemonArgs {
     /// End when as many programs as are to be worked on at once are dynimized, or can't be
     #[arg(long)]
     pub once: bool,
+    /// Don't read ahead what programs that start are known to touch
+    #[arg(long)]
+    pub no_read_ahead: bool,
     /// Over which time the use of the processor is measured
     #[arg(long, default_value = "10s", value_parser = parse::window, value_name = "TIME", hide = true)]
     pub cpu_window: Duration,

@@ -31,6 +31,7 @@ use crate::output::{Output, plural};
 use crate::store::Store;
 use crate::symbols::write_perf_maps;
 use helper::Link;
+pub use learn::watch_use;
 use program::{Command, Program};
 
 /// What `env` and shells answer when a command can't be run: it is not there, or it can't be executed.

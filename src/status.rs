@@ -7,7 +7,7 @@ use dyni_schema::envelope::BlobId;
 use serde::Serialize;
 
 use crate::cli::StatusArgs;
-use crate::daemon::protocol::{Contact, DaemonStatus, ProgramStatus, State as Followed};
+use crate::daemon::protocol::{Contact, DaemonStatus, ProgramStatus, ReadAheadStatus, State as Followed};
 use crate::duration::human_ns;
 use crate::errors::Failure;
 use crate::gain::Ratio;
@@ -233,7 +233,11 @@ impl Report for StatusReport {
             text.push('\n');
             group_text(group, self.verbose, paint, &mut text);
         }
-        if text.is_empty() {
+        let idle = text.is_empty();
+        if let Some(read) = self.daemon.as_ref().and_then(|d| d.read_ahead.as_ref()) {
+            read_ahead_text(read, paint, &mut text);
+        }
+        if idle {
             text.push_str(match self.daemon {
                 Some(_) => "dyni runs; no program that is listed does, and no process is dynimized\n",
                 None => "no process is dynimized\n",
@@ -254,6 +258,17 @@ fn program_text(program: &ProgramStatus, paint: Paint, text: &mut String) {
     }
     if !program.reason.is_empty() {
         text.push_str(&format!("  {}\n", paint.dim(&program.reason)));
+    }
+}
+
+/// What was read ahead; nothing where there was nothing to read.
+fn read_ahead_text(read: &ReadAheadStatus, paint: Paint, text: &mut String) {
+    if read.starts > 0 {
+        let (pages, starts) = (plural(read.pages, "page", "pages"), plural(read.starts, "start", "starts"));
+        text.push_str(&paint.dim(&format!("{pages} read ahead at {starts} of programs\n")));
+    }
+    if !read.stopped.is_empty() {
+        text.push_str(&format!("not read ahead any more, as it did not help: {}\n", read.stopped.join(", ")));
     }
 }
 
@@ -377,9 +392,16 @@ mod tests {
         let daemon = DaemonStatus { programs: vec![program], ..DaemonStatus::default() };
         let processes = vec![process(7, 7, State::Undynimized), process(20, 20, State::Dynimized)];
         let mut report = StatusReport { daemon: Some(daemon), ..report(processes) };
+        let lines = "nginx, parent pid 7 and its children, waiting\n  no samples\nnginx, pid: 20, dynimized\n";
+        assert_eq!(report.text(Paint::PLAIN), lines);
+        let read = ReadAheadStatus { starts: 2, pages: 1200, missed: 0, stopped: vec!["git".into(), "node".into()] };
+        report.daemon.as_mut().unwrap().read_ahead = Some(read);
         assert_eq!(
             report.text(Paint::PLAIN),
-            "nginx, parent pid 7 and its children, waiting\n  no samples\nnginx, pid: 20, dynimized\n"
+            format!(
+                "{lines}1,200 pages read ahead at 2 starts of programs\n\
+                 not read ahead any more, as it did not help: git, node\n"
+            )
         );
         assert!(!report.keep_only(|p| p.pid == 20));
         assert!(report.text(Paint::PLAIN).starts_with("nginx, pid: 7, undynimized\n"));

@@ -14,6 +14,7 @@ mod service;
 #[allow(dead_code)]
 mod stock;
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -29,8 +30,10 @@ use common::is_root;
 use common::memory::Text;
 use common::process::{Victim, descendants, verify};
 use common::rng::Rng;
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::signal::Signal;
 use place::{Daemon, PATIENCE, Place, copy, copy_to};
+use serde_json::Value;
 
 /// A victim under a name of its own, whose results are verified by the original.
 fn start_victim(name: &str, place: &Place, tag: &str) -> Result<(Victim, PathBuf, String), String> {
@@ -389,6 +392,59 @@ fn a_program_in_other_namespaces() {
     place.until_decided(inner);
     place.run(&["undo", "-p", &name]).expect_done();
     assert_eq!(place.ledger(inner), "undynimized");
+    daemon.stop();
+}
+
+/// What a program is known to touch is read when it starts, whoever starts it; no more once that has not helped.
+#[test]
+fn programs_that_start_are_read_ahead_for() {
+    let place = Place::new();
+    let exe = match build::victim("pages", &variant::gcc_o2) {
+        Ok(exe) => exe,
+        Err(reason) => skip!("{reason}"),
+    };
+    let (exe, name) = copy(&exe, place.folder.path(), "pages");
+    let data = place.file("data");
+    fs::write(&data, vec![1; 512 * 4096]).expect("write");
+    let archive = place.file("archive.db");
+    let mut learn = Command::new(BINARY);
+    learn.env("DYNI_ARCHIVE", &archive).args(["exec", "--learn", "--"]).arg(&exe).arg(&data).args(["0", "200", "400"]);
+    assert!(learn.stdout(Stdio::null()).status().expect("run").success());
+    let entry = || {
+        let out = place.run(&["archive", "ls", "--program", &name, "--json"]);
+        let entries = if out.code() == Some(0) { out.json()["entries"].clone() } else { Value::Null };
+        entries[0]["id"].as_str().map(str::to_owned)
+    };
+    let deadline = Instant::now() + PATIENCE;
+    while entry().is_none() {
+        assert!(Instant::now() < deadline, "nothing is learned");
+        thread::sleep(Duration::from_millis(30));
+    }
+    place.configure("[exeList]\nnobody-has-this-name\n");
+    let daemon = place.daemon();
+    let read_ahead = || place.status()["daemon"]["read_ahead"].clone();
+    if read_ahead().is_null() {
+        skip!("this kernel or this user has no proc connector");
+    }
+    // The program touches none of what it touched when it was learned: of one page the kernel may read far around.
+    for starts in 1..=3 {
+        let file = fs::File::open(&data).expect("open");
+        file.sync_all().expect("write back");
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).expect("drop from memory");
+        assert!(Command::new(&exe).arg(&data).arg("1.1").stdout(Stdio::null()).status().expect("run").success());
+        place.until("the start is seen", || read_ahead()["starts"].as_u64() >= Some(starts));
+        if read_ahead()["pages"] == 0 {
+            skip!("this file system keeps its pages in memory");
+        }
+        let seen = |id: &str| place.run(&["archive", "show", id, "--json"]).json()["starts_read_for"].as_u64();
+        place.until("it is known what it used", || entry().is_some_and(|id| seen(&id) >= Some(starts)));
+    }
+    // The daemon asks the archive again when a program starts.
+    place.until("nothing is read any more", || {
+        assert!(Command::new("true").status().expect("run").success());
+        read_ahead()["stopped"] == serde_json::json!([name])
+    });
+    assert!(place.run(&["status"]).stdout.contains(&format!("did not help: {name}")));
     daemon.stop();
 }
 

@@ -2,8 +2,8 @@
 
 use crate::db::{self, PATIENCE, sql};
 use crate::entry::{
-    Entry, PLAN_COLUMNS, PROFILE_COLUMNS, PlanEntry, ProfileEntry, ReadRow, WORKING_SET_COLUMNS, blob_id, plan_entry,
-    profile_entry, raw, text, working_set_entry,
+    Entry, PLAN_COLUMNS, PROFILE_COLUMNS, PlanEntry, ProfileEntry, ReadRow, WORKING_SET_COLUMNS, WorkingSetEntry,
+    blob_id, plan_entry, profile_entry, raw, text, working_set_entry,
 };
 use crate::error::{ArchiveError, Result};
 use dyni_schema::envelope::{self, BlobId, BlobPrefix, Kind, OpenError, Record};
@@ -228,9 +228,17 @@ impl Archive {
         let mut plans: Vec<PlanEntry> = plans.into_iter().map(|row| row.1).collect();
         self.fill_build_ids(plans.iter_mut())?;
         let profiles = profiles.into_iter().map(|row| Entry::Profile(row.1));
-        let sets = self.rows(&format!("SELECT {WORKING_SET_COLUMNS} {filter}"), program, working_set_entry)?;
-        let sets = sets.into_iter().map(|row| Entry::WorkingSet(row.1));
+        let sets = self.working_sets(program)?.into_iter().map(Entry::WorkingSet);
         Ok(profiles.chain(plans.into_iter().map(Entry::Plan)).chain(sets).collect())
+    }
+
+    /// The working sets, newest first; of one program if it is named.
+    ///
+    /// # Errors
+    /// If the archive can't be read.
+    pub fn working_sets(&self, program: Option<&str>) -> Result<Vec<WorkingSetEntry>> {
+        let query = format!("SELECT {WORKING_SET_COLUMNS} WHERE ?1 IS NULL OR p.program = ?1 ORDER BY p.seq DESC");
+        Ok(self.rows(&query, program, working_set_entry)?.into_iter().map(|row| row.1).collect())
     }
 
     fn rows<T>(&self, query: &str, parameter: Option<&str>, read: fn(&Row<'_>) -> ReadRow<T>) -> Result<Vec<(i64, T)>> {

@@ -89,6 +89,8 @@ pub struct WorkingSetEntry {
     pub files: u64,
     /// How many pages (of 4096 bytes) of them.
     pub pages: u64,
+    /// Whether reading them ahead has helped, as far as that is known: [`dyni_schema::Usefulness::helps`].
+    pub helps: bool,
 }
 
 impl Entry {
@@ -151,7 +153,7 @@ pub(crate) const PLAN_COLUMNS: &str = "p.seq, p.blob, b.size, p.stored_s, substr
     substr(p.kind, 1, 64), substr(p.passes, 1, 4096), p.profile, p.functions
     FROM plans p JOIN blobs b ON b.id = p.blob";
 pub(crate) const WORKING_SET_COLUMNS: &str = "p.seq, p.blob, b.size, p.stored_s, substr(p.program, 1, 4096),
-    substr(p.executable, 1, 4096), substr(p.mode, 1, 4096), p.recordings, p.files, p.pages
+    substr(p.executable, 1, 4096), substr(p.mode, 1, 4096), p.recordings, p.files, p.pages, p.helps
     FROM working_sets p JOIN blobs b ON b.id = p.blob";
 
 pub(crate) fn profile_entry(row: &Row<'_>) -> ReadRow<ProfileEntry> {
@@ -198,6 +200,7 @@ pub(crate) fn working_set_entry(row: &Row<'_>) -> ReadRow<WorkingSetEntry> {
         recordings: number(row, 7)?,
         files: number(row, 8)?,
         pages: number(row, 9)?,
+        helps: number(row, 10)? != 0,
     };
     Ok(Some((row.get(0)?, entry)))
 }

@@ -128,12 +128,8 @@ fn words(args: &DaemonArgs, config: Option<&Path>, socket: &Path, archive: &Path
     option("metrics", args.metrics.clone());
     option("cpu-window", Some(ms(args.cpu_window)));
     option("watch-every", Some(ms(args.watch_every)));
-    if limits.reoptimize {
-        words.push("--reoptimize".into());
-    }
-    if args.once {
-        words.push("--once".into());
-    }
+    let flags = [("--reoptimize", limits.reoptimize), ("--once", args.once), ("--no-read-ahead", args.no_read_ahead)];
+    words.extend(flags.into_iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| flag.into()));
     Ok(words)
 }
 
@@ -230,7 +226,7 @@ mod tests {
     #[test]
     fn a_daemon_in_the_background_is_told_everything() {
         let line = "dyni --config c --socket s start -p 7 --n-programs 3 --delay 0 --window 1500ms --cpu-usage 2.5 \
-                    --reoptimize --log l --metrics 127.0.0.1:1 --cpu-window 2s --watch-every 3s";
+                    --reoptimize --log l --metrics 127.0.0.1:1 --no-read-ahead --cpu-window 2s --watch-every 3s";
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
         let Some(Sub::Start(args)) = cli.command else { panic!() };
         let words = words(&args, cli.global.config.as_deref(), Path::new("s"), Path::new("a")).unwrap();
@@ -242,7 +238,7 @@ mod tests {
         assert_eq!((daemon.limits.delay, daemon.limits.window), (args.limits.delay, args.limits.window));
         assert_eq!((daemon.limits.cpu_usage, daemon.limits.reoptimize), (Some(2.5), true));
         assert_eq!((daemon.cpu_window, daemon.watch_every), (args.cpu_window, args.watch_every));
-        assert!(daemon.background && !daemon.once);
+        assert!(daemon.background && daemon.no_read_ahead && !daemon.once);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use super::machine::{Job, Outcome, State};
-use super::protocol::{DaemonStatus, ProgramStatus};
+use super::protocol::{DaemonStatus, ProgramStatus, ReadAheadStatus};
 
 /// How many jobs have ended, by kind and how.
 #[derive(Debug, Default)]
@@ -102,6 +102,16 @@ fn text(status: &DaemonStatus, totals: &Totals) -> String {
     );
     let jobs = totals.0.iter().map(|((job, outcome), n)| (format!("job=\"{job}\",outcome=\"{outcome}\""), *n as f64));
     family("dyni_jobs_total", "counter", "Jobs that have ended, by kind and how.", jobs.collect());
+    let read = |of: &dyn Fn(&ReadAheadStatus) -> u64| -> Vec<(String, f64)> {
+        status.read_ahead.iter().map(|r| (String::new(), of(r) as f64)).collect()
+    };
+    family(
+        "dyni_read_ahead_starts_total",
+        "counter",
+        "Starts of programs whose working set is known.",
+        read(&|r| r.starts),
+    );
+    family("dyni_read_ahead_pages_total", "counter", "Pages that were read ahead for them.", read(&|r| r.pages));
     let cpu = vec![(String::new(), status.cpu_ns as f64 / 1e9)];
     family("dyni_daemon_cpu_seconds_total", "counter", "Processor time of the daemon itself, without its jobs.", cpu);
     let uptime = vec![(String::new(), status.uptime_ns as f64 / 1e9)];
@@ -135,7 +145,9 @@ mod tests {
             drift: None,
             in_cache: Some(0.9),
         };
-        let status = DaemonStatus { cpu_ns: 2_500_000_000, programs: vec![program], ..DaemonStatus::default() };
+        let read_ahead = Some(ReadAheadStatus { starts: 2, pages: 300, ..ReadAheadStatus::default() });
+        let status =
+            DaemonStatus { cpu_ns: 2_500_000_000, programs: vec![program], read_ahead, ..DaemonStatus::default() };
         let mut totals = Totals::default();
         totals.count(Job::Undo, &Outcome::Killed);
         let answer = String::from_utf8(http(b"GET /metrics HTTP/1.1\r\n\r\n", &status, &totals)).unwrap();
@@ -148,6 +160,7 @@ mod tests {
             "dyni_program_cache_ratio{name=\"a\\\"b\",pid=\"7\"} 0.9",
             "dyni_program_cpu_ratio{name=\"a\\\"b\",pid=\"7\"} 0.5",
             "dyni_jobs_total{job=\"undo\",outcome=\"killed\"} 1",
+            "dyni_read_ahead_pages_total 300",
             "dyni_daemon_cpu_seconds_total 2.5",
         ] {
             assert!(answer.lines().any(|l| l == line), "{line}\n{answer}");

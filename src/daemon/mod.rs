@@ -1,16 +1,19 @@
 //! `dyni daemon`: finds programs worth optimising, optimises them, follows their work, and gets out of the way.
 //!
-//! One process with one thread that waits for whatever comes first: a word on the control socket ([`server`],
-//! [`protocol`]), an `execve` somewhere ([`exec_events`]), a job that has something to say ([`worker`]), a signal, the time of
-//! the next look at the host ([`scan`]). What to do then is decided by [`machine`], which is pure.
+//! One thread waits for whatever comes first: a word on the control socket ([`server`], [`protocol`], [`requests`]), an `execve` somewhere ([`exec_events`]), a job that has something to say ([`worker`]), a signal, the time of
+//! the next look at the host ([`scan`]). What to do then is decided by [`machine`], which is pure. A second thread reads ahead
+//! for programs that start ([`read_ahead`]).
 
 pub mod control;
 pub mod drift;
 mod exec_events;
+mod held;
 mod log;
 mod machine;
 mod metrics;
 pub mod protocol;
+mod read_ahead;
+mod requests;
 mod scan;
 mod server;
 mod worker;
@@ -25,7 +28,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dyni_collector::{Group, Target};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use sd_notify::NotifyState;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
@@ -37,11 +39,13 @@ use crate::errors::Failure;
 use crate::output::human_bytes;
 use exec_events::ExecEvents;
 use log::Log;
-use machine::{Action, Id, Job, Machine, Outcome, Rules, State, Wish};
+use machine::{Action, Id, Job, Machine, Outcome, Rules, State};
 use metrics::Totals;
-use protocol::{Contact, DaemonStatus, ProgramStatus, Reply, Request};
+use protocol::{Contact, Reply};
+use read_ahead::ReadAhead;
+use requests::ran;
 use scan::{Scanner, ledger_of};
-use server::{Incoming, Peer, Server, with_suffix};
+use server::{Server, with_suffix};
 use worker::Worker;
 
 /// The daemon is awake at least so often.
@@ -83,6 +87,7 @@ struct Daemon<'a> {
     machine: Machine,
     scanner: Scanner,
     events: Option<ExecEvents>,
+    read_ahead: Option<ReadAhead>,
     server: Server,
     workers: HashMap<Id, (Job, Worker)>,
     askers: HashMap<Id, Vec<Asker>>,
@@ -134,6 +139,7 @@ pub fn run(args: &DaemonArgs, file: Option<&Path>, contact: &Contact, archive: P
         settings,
         scanner: Scanner::default(),
         events: None,
+        read_ahead: None,
         server,
         workers: HashMap::new(),
         askers: HashMap::new(),
@@ -149,7 +155,7 @@ pub fn run(args: &DaemonArgs, file: Option<&Path>, contact: &Contact, archive: P
     };
     daemon.begin();
     let none = HashMap::new();
-    let held = read_held(&fs::read_to_string(held).unwrap_or_default());
+    let held = held::read(&fs::read_to_string(held).unwrap_or_default());
     // Whoever names a process wants it done.
     daemon.look(if matches!(daemon.settings.choice, Choice::Pids(_)) { &none } else { &held });
     let _ = sd_notify::notify(&[NotifyState::Ready]);
@@ -205,11 +211,21 @@ impl Daemon<'_> {
             Ok(events) => {
                 self.events = Some(events);
                 self.log.line("new programs are seen by the kernel's proc connector");
+                if !self.args.no_read_ahead {
+                    self.begin_to_read_ahead();
+                }
             }
             Err(e) => {
                 let every = human_ns(self.args.cpu_window.as_nanos() as u64);
                 self.log.line(&format!("new programs are seen in /proc, every {every}: no proc connector ({e})"));
             }
+        }
+    }
+
+    fn begin_to_read_ahead(&mut self) {
+        match ReadAhead::begin(&self.archive) {
+            Ok(reader) => self.read_ahead = Some(reader),
+            Err(e) => self.log.line(&format!("nothing is read ahead for programs that start: {e}")),
         }
     }
 
@@ -328,6 +344,9 @@ impl Daemon<'_> {
             self.next_look = Instant::now();
             return;
         }
+        if let Some(reader) = &self.read_ahead {
+            execs.pids.iter().for_each(|&pid| reader.started(pid));
+        }
         let settings = &self.settings;
         let listed = execs.pids.iter().filter(|pid| self.scanner.look_at_one(**pid, settings)).count();
         if listed > 0 {
@@ -438,151 +457,6 @@ impl Daemon<'_> {
         self.answer(number, &reply);
     }
 
-    fn answer_askers(&mut self, id: &Id, reply: &Reply) {
-        for asker in self.askers.remove(id).unwrap_or_default() {
-            self.answer(asker.number, reply);
-        }
-    }
-
-    fn answer(&mut self, number: u64, reply: &Reply) {
-        let mut line = serde_json::to_vec(reply).unwrap_or_default();
-        line.push(b'\n');
-        self.server.answer(number, line);
-    }
-
-    /// Takes a request in, and answers it unless the answer comes later.
-    fn hear(&mut self, incoming: &Incoming) {
-        let uid = match incoming.peer {
-            Peer::User(uid) => uid,
-            Peer::Scraper => {
-                let text = metrics::http(&incoming.text, &self.status(), &self.totals);
-                self.server.answer(incoming.number, text);
-                return;
-            }
-        };
-        let reply = match serde_json::from_slice::<Request>(&incoming.text) {
-            Ok(request) => self.obey(request, uid, incoming.number).unwrap_or_else(|e| Some(Reply::of_failure(&e))),
-            Err(e) => Some(Reply::of_failure(&Failure::usage("not understood", e))),
-        };
-        if let Some(reply) = reply {
-            self.answer(incoming.number, &reply);
-        }
-    }
-
-    fn obey(&mut self, request: Request, uid: u32, number: u64) -> Result<Option<Reply>, Failure> {
-        let now = self.now();
-        match request {
-            Request::Status {} => return Ok(Some(Reply::Status(self.status()))),
-            Request::Stop {} => {
-                self.may(uid, None, "stop the daemon")?;
-                self.log.line(&format!("told to stop by user {uid}"));
-                self.signals.stop.store(true, Ordering::Relaxed);
-                let line = "dyni stops; what is dynimized stays so".to_owned();
-                return Ok(Some(Reply::Done { lines: vec![line] }));
-            }
-            Request::Undo { program: None, json } => {
-                self.may(uid, None, "undo every program")?;
-                if self.undo_all.is_some() {
-                    return Err(Failure::refused("undo every program", "that is being done already"));
-                }
-                self.undo_all = Some(UndoAll { asker: Asker { number, json }, uid, worker: None });
-            }
-            Request::Undo { program: Some(spec), json } => {
-                let Some(id) = self.find(&spec)? else { return Ok(Some(Reply::Unknown {})) };
-                self.may(uid, Some(&id), "undo it")?;
-                self.askers.entry(id).or_default().push(Asker { number, json });
-                self.machine.ask(now, &id, Wish::Undo { uid });
-            }
-            Request::Redo { program } => {
-                let ids: Vec<Id> = match &program {
-                    Some(spec) => self.find(spec)?.into_iter().collect(),
-                    None => self.machine.programs().map(|p| p.seen.id).collect(),
-                };
-                if program.is_some() && ids.is_empty() {
-                    return Ok(Some(Reply::Unknown {}));
-                }
-                for id in &ids {
-                    self.may(uid, Some(id), "redo it")?;
-                }
-                let mut lines = Vec::new();
-                for id in &ids {
-                    self.machine.ask(now, id, Wish::Redo);
-                    let seen = self.machine.program(id).map(|p| (p.seen.name.clone(), p.seen.processes));
-                    let (name, processes) = seen.unwrap_or_default();
-                    lines.push(crate::targets::state_line(
-                        &name,
-                        id.pid,
-                        processes,
-                        "will be profiled and dynimized anew",
-                    ));
-                }
-                return Ok(Some(Reply::Done { lines }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Whether a user may change a program, or the daemon itself.
-    fn may(&self, uid: u32, program: Option<&Id>, what: &str) -> Result<(), Failure> {
-        let own = nix::unistd::geteuid().as_raw();
-        let owner = program.and_then(|id| self.machine.program(id)).map(|p| p.seen.uid);
-        if uid == 0 || uid == own || owner == Some(uid) {
-            return Ok(());
-        }
-        let whose = owner.map_or_else(String::new, |o| format!(", which belongs to user {o}"));
-        let target = program.map_or_else(String::new, |id| format!(" (pid {}{whose})", id.pid));
-        Err(Failure::refused(format!("{what}{target}"), format!("user {uid} may only change programs of its own"))
-            .help("run the command as its owner or as root"))
-    }
-
-    /// The program that a PID (of any of its processes), a name or a path means, if it is one that is followed.
-    fn find(&self, spec: &str) -> Result<Option<Id>, Failure> {
-        let known = |pid: i32| self.machine.programs().map(|p| p.seen.id).find(|id| id.pid == pid);
-        let named: Vec<Id> = self.machine.programs().filter(|p| p.seen.name == spec).map(|p| p.seen.id).collect();
-        match &named[..] {
-            [one] => Ok(Some(*one)),
-            [] => {
-                let root = || Some(Group::of(&Target::find(spec).ok()?).ok()?.root.pid);
-                Ok(spec.parse().ok().and_then(known).or_else(|| known(root()?)))
-            }
-            several => {
-                let pids: Vec<_> = several.iter().map(|id| id.pid).collect();
-                Err(Failure::usage(format!("`{spec}`"), format!("names several programs: {pids:?}"))
-                    .help("give the PID of one"))
-            }
-        }
-    }
-
-    fn status(&self) -> DaemonStatus {
-        let now = self.now();
-        let programs = self.machine.programs().map(|p| ProgramStatus {
-            pid: p.seen.id.pid,
-            name: p.seen.name.clone(),
-            uid: p.seen.uid,
-            processes: p.seen.processes,
-            state: p.state,
-            for_ns: now.saturating_sub(p.since).as_nanos() as u64,
-            reason: p.reason.clone(),
-            cpu_percent: p.seen.cpu_percent,
-            gain: p.gain,
-            stop_ns: p.stop_ns,
-            refused: p.refused,
-            drift: p.drift.value(),
-            in_cache: p.drift.in_cache().filter(|_| p.state == State::Dynimized),
-        });
-        let cpu = dyni_collector::cpu_time(std::process::id() as i32).unwrap_or_default();
-        DaemonStatus {
-            pid: std::process::id() as i32,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            uptime_ns: now.as_nanos() as u64,
-            cpu_ns: cpu.as_nanos() as u64,
-            config: self.settings.file.as_ref().map(|f| f.display().to_string()),
-            reoptimize: self.settings.reoptimize,
-            n_programs: self.settings.n_programs,
-            programs: programs.collect(),
-        }
-    }
-
     /// Reads the configuration again; a wrong one changes nothing.
     fn reload(&mut self) {
         let _ = sd_notify::notify(&[
@@ -612,7 +486,7 @@ impl Daemon<'_> {
         for line in self.machine.take_changes() {
             self.log.line(&line);
         }
-        let held = held_text(&self.machine);
+        let held = held::text(&self.machine);
         if held != self.held.1 {
             // Without it, a program that was undone would be chosen again by the next daemon; no more than that.
             if let Err(e) = fs::write(&self.held.0, &held) {
@@ -661,50 +535,5 @@ fn finish(worker: &mut Worker, deadline: Instant) {
         }
         worker.read();
         std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn ran(end: &worker::Ended) -> Reply {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let status = end.status.code().and_then(|c| u8::try_from(c).ok()).unwrap_or(1);
-    Reply::Ran { stdout: text(&end.stdout), stderr: text(&end.stderr), status }
-}
-
-/// What is kept beside the socket: a program a line, and why it is to be left alone.
-fn held_text(machine: &Machine) -> String {
-    let line = |(id, why): (&Id, &str)| {
-        format!("{} {} {} {} {}\n", id.pid, id.start_ticks, id.layout.0, id.layout.1, why.replace('\n', " "))
-    };
-    machine.held().map(line).collect()
-}
-
-fn read_held(text: &str) -> HashMap<Id, String> {
-    let line = |line: &str| {
-        let mut words = line.splitn(5, ' ');
-        let pid = words.next()?.parse().ok()?;
-        let mut number = || words.next()?.parse::<u64>().ok();
-        let id = Id { pid, start_ticks: number()?, layout: (number()?, number()?) };
-        Some((id, words.next()?.to_owned()))
-    };
-    text.lines().filter_map(line).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use machine::{Found, Sighting};
-
-    #[test]
-    fn what_is_held_is_read_again() {
-        let limit = Limit { window: Duration::ZERO, delay: Duration::ZERO, cpu_usage: 0.0 };
-        let id = Id { pid: 7, start_ticks: 99, layout: (0x5555_0000, 0x7fff_0000) };
-        let seen =
-            Sighting { id, name: "x".into(), uid: 0, processes: 1, age: Duration::ZERO, cpu_percent: None, limit };
-        let rules = Rules { n_programs: 1, reoptimize: false, watch_every: Duration::from_secs(1) };
-        let mut machine = Machine::new(rules);
-        machine.seen(Duration::ZERO, vec![seen], |_| (Found::Nothing, Some("undone by user 5".into())));
-        let text = held_text(&machine);
-        assert_eq!(read_held(&text), HashMap::from([(id, "undone by user 5".to_owned())]));
-        assert!(read_held("7 99 1\nx y z\n\n").is_empty());
     }
 }

@@ -96,6 +96,22 @@ pub struct DaemonStatus {
     pub n_programs: usize,
     /// The programs that may be chosen and run now, by PID.
     pub programs: Vec<ProgramStatus>,
+    /// What was read ahead for programs that started; null where the daemon is not told of them.
+    #[serde(default)]
+    pub read_ahead: Option<ReadAheadStatus>,
+}
+
+/// What a daemon says of its reading ahead.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadAheadStatus {
+    /// Starts of programs whose working set is known.
+    pub starts: u64,
+    /// Pages of 4096 bytes that were not in memory and were read.
+    pub pages: u64,
+    /// Starts that were let go, as too many came at once.
+    pub missed: u64,
+    /// Programs for which nothing is read any more, as it did not help them.
+    pub stopped: Vec<String>,
 }
 
 /// What a daemon says about a program.
