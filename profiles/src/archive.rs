@@ -65,20 +65,7 @@ impl Archive {
     /// can't be written.
     pub fn put_profile(&mut self, profile: &Profile) -> Result<BlobId> {
         let sealed = envelope::seal(profile)?;
-        let start = column(profile.start_s, "start")?;
-        let duration = column(profile.duration_ns, "duration")?;
-        let samples = column(profile.samples, "number of samples")?;
-        self.put(Kind::Profile, &sealed, |tx, id, now| {
-            tx.execute("DELETE FROM profile_modules WHERE profile = ?1", [id])?;
-            tx.execute("DELETE FROM profiles WHERE blob = ?1", [id])?;
-            tx.execute(
-                "INSERT INTO profiles (blob, stored_s, program, label, method, start_s, duration_ns, samples)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
-                params![id, now, profile.program, profile.label, profile.method.name(), start, duration, samples],
-            )?;
-            let mut insert = tx.prepare_cached("INSERT INTO profile_modules (build_id, profile) VALUES (?1, ?2)")?;
-            profile.modules.iter().try_for_each(|m| insert.execute(params![m.build_id.hex(), id]).map(|_| ()))
-        })
+        self.put(Kind::Profile, &sealed, profile_rows(profile)?)
     }
 
     /// Stores a plan. If it is there already it becomes the newest.
@@ -87,18 +74,7 @@ impl Archive {
     /// [`ArchiveError::Seal`] if the plan breaks its rules or is too large, others if the archive can't be written.
     pub fn put_plan(&mut self, plan: &Plan) -> Result<BlobId> {
         let sealed = envelope::seal(plan)?;
-        let functions = column(plan.function_count() as u64, "number of functions")?;
-        self.put(Kind::Plan, &sealed, |tx, id, now| {
-            tx.execute("DELETE FROM plan_modules WHERE plan = ?1", [id])?;
-            tx.execute("DELETE FROM plans WHERE blob = ?1", [id])?;
-            tx.execute(
-                "INSERT INTO plans (blob, stored_s, program, kind, passes, profile, functions)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-                params![id, now, plan.program, kind_name(plan.kind), plan.passes.join(","), plan.profile, functions],
-            )?;
-            let mut insert = tx.prepare_cached("INSERT INTO plan_modules (build_id, plan) VALUES (?1, ?2)")?;
-            plan.modules.iter().try_for_each(|m| insert.execute(params![m.build_id.hex(), id]).map(|_| ()))
-        })
+        self.put(Kind::Plan, &sealed, plan_rows(plan)?)
     }
 
     pub(crate) fn put(
@@ -107,23 +83,12 @@ impl Archive {
         sealed: &[u8],
         index: impl FnOnce(&Transaction<'_>, &[u8; 32], i64) -> rusqlite::Result<()>,
     ) -> Result<BlobId> {
-        let id = BlobId::of(sealed);
-        let now = i64::try_from(now_s()).unwrap_or(i64::MAX);
-        let size = sealed.len() as i64;
         let written = (|| {
             let tx = self.conn.transaction()?;
-            // What is there under this id has these bytes, unless it was damaged: then this mends it.
-            tx.execute(
-                "INSERT INTO blobs (id, kind, size, created, bytes) VALUES (?1, ?2, ?3, ?4, ?5)
-                 ON CONFLICT (id) DO UPDATE SET kind = ?2, size = ?3, bytes = ?5
-                 WHERE bytes <> ?5 OR kind <> ?2 OR size <> ?3",
-                params![id.0, kind.code(), size, now, sealed],
-            )?;
-            index(&tx, &id.0, now)?;
-            tx.commit()
+            let id = insert(&tx, kind, sealed, index)?;
+            tx.commit().map(|()| id)
         })();
-        sql(&self.path, written)?;
-        Ok(id)
+        sql(&self.path, written)
     }
 
     /// The profile whose id begins so.
@@ -342,7 +307,16 @@ impl Archive {
 
     /// The record with exactly this id.
     pub(crate) fn load<T: Record>(&self, id: BlobId) -> Result<T> {
-        let kind = T::KIND;
+        self.open_with(id, T::KIND, envelope::open).map(|(value, _)| value)
+    }
+
+    /// What `open` makes of the record with exactly this id, and its sealed bytes.
+    pub(crate) fn open_with<T>(
+        &self,
+        id: BlobId,
+        kind: Kind,
+        open: impl FnOnce(&[u8]) -> std::result::Result<T, OpenError>,
+    ) -> Result<(T, Vec<u8>)> {
         let bad = |why| ArchiveError::BadRecord { id, kind, why };
         // The length first: it is known without reading the bytes.
         let query = "SELECT length(bytes) FROM blobs WHERE id = ?1";
@@ -360,9 +334,65 @@ impl Archive {
             other => other?,
         };
         // What the envelope finds says more than that the hash differs.
-        let value = envelope::open(&bytes).map_err(bad)?;
-        if BlobId::of(&bytes) == id { Ok(value) } else { Err(ArchiveError::ChangedRecord { id, kind }) }
+        let value = open(&bytes).map_err(bad)?;
+        if BlobId::of(&bytes) == id { Ok((value, bytes)) } else { Err(ArchiveError::ChangedRecord { id, kind }) }
     }
+}
+
+/// Writes a record and its rows.
+pub(crate) fn insert(
+    tx: &Transaction<'_>,
+    kind: Kind,
+    sealed: &[u8],
+    index: impl FnOnce(&Transaction<'_>, &[u8; 32], i64) -> rusqlite::Result<()>,
+) -> rusqlite::Result<BlobId> {
+    let id = BlobId::of(sealed);
+    let now = i64::try_from(now_s()).unwrap_or(i64::MAX);
+    // What is there under this id has these bytes, unless it was damaged: then this mends it.
+    tx.execute(
+        "INSERT INTO blobs (id, kind, size, created, bytes) VALUES (?1, ?2, ?3, ?4, ?5)
+         ON CONFLICT (id) DO UPDATE SET kind = ?2, size = ?3, bytes = ?5
+         WHERE bytes <> ?5 OR kind <> ?2 OR size <> ?3",
+        params![id.0, kind.code(), sealed.len() as i64, now, sealed],
+    )?;
+    index(tx, &id.0, now)?;
+    Ok(id)
+}
+
+/// What writes a profile's rows.
+pub(crate) fn profile_rows(
+    profile: &Profile,
+) -> Result<impl FnOnce(&Transaction<'_>, &[u8; 32], i64) -> rusqlite::Result<()>> {
+    let start = column(profile.start_s, "start")?;
+    let duration = column(profile.duration_ns, "duration")?;
+    let samples = column(profile.samples, "number of samples")?;
+    Ok(move |tx: &Transaction<'_>, id: &[u8; 32], now: i64| {
+        tx.execute("DELETE FROM profile_modules WHERE profile = ?1", [id])?;
+        tx.execute("DELETE FROM profiles WHERE blob = ?1", [id])?;
+        tx.execute(
+            "INSERT INTO profiles (blob, stored_s, program, label, method, start_s, duration_ns, samples)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            params![id, now, profile.program, profile.label, profile.method.name(), start, duration, samples],
+        )?;
+        let mut insert = tx.prepare_cached("INSERT INTO profile_modules (build_id, profile) VALUES (?1, ?2)")?;
+        profile.modules.iter().try_for_each(|m| insert.execute(params![m.build_id.hex(), id]).map(|_| ()))
+    })
+}
+
+/// What writes a plan's rows.
+pub(crate) fn plan_rows(plan: &Plan) -> Result<impl FnOnce(&Transaction<'_>, &[u8; 32], i64) -> rusqlite::Result<()>> {
+    let functions = column(plan.function_count() as u64, "number of functions")?;
+    Ok(move |tx: &Transaction<'_>, id: &[u8; 32], now: i64| {
+        tx.execute("DELETE FROM plan_modules WHERE plan = ?1", [id])?;
+        tx.execute("DELETE FROM plans WHERE blob = ?1", [id])?;
+        tx.execute(
+            "INSERT INTO plans (blob, stored_s, program, kind, passes, profile, functions)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            params![id, now, plan.program, kind_name(plan.kind), plan.passes.join(","), plan.profile, functions],
+        )?;
+        let mut insert = tx.prepare_cached("INSERT INTO plan_modules (build_id, plan) VALUES (?1, ?2)")?;
+        plan.modules.iter().try_for_each(|m| insert.execute(params![m.build_id.hex(), id]).map(|_| ()))
+    })
 }
 
 /// Takes a record and all of its rows out.

@@ -6,7 +6,7 @@ use crate::entry::blob_id;
 use crate::error::Result;
 use dyni_schema::envelope::{self, BlobId, BlobPrefix, Kind};
 use dyni_schema::{BuildId, FileKey, WorkingSet};
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
 /// What the archive has for a program that is about to start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,25 +42,7 @@ impl Archive {
     /// [`crate::ArchiveError::Seal`] if it breaks its rules or is too large, others if the archive can't be written.
     pub fn put_working_set(&mut self, set: &WorkingSet) -> Result<BlobId> {
         let sealed = envelope::seal(set)?;
-        let key = set.executable.text();
-        let (recordings, files, pages) =
-            (set.recordings, set.files.len() as i64, i64::try_from(set.pages()).unwrap_or(i64::MAX));
-        let helps = set.usefulness.helps();
-        self.put(Kind::WorkingSet, &sealed, |tx, id, now| {
-            let before = "SELECT blob FROM working_sets WHERE executable = ?1 AND mode = ?2";
-            let before = tx.query_row(before, [&key, &set.mode], |row| Ok(blob_id(row, 0))).optional()?.flatten();
-            tx.execute("DELETE FROM working_sets WHERE blob = ?1", [id])?;
-            if let Some(before) = before.filter(|before| before.0 != *id) {
-                remove_rows(tx, &before)?;
-            }
-            tx.execute("DELETE FROM working_sets WHERE executable = ?1 AND mode = ?2", [&key, &set.mode])?;
-            tx.execute(
-                "INSERT INTO working_sets (blob, stored_s, program, executable, mode, recordings, files, pages, helps)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
-                params![id, now, set.program, key, set.mode, recordings, files, pages, helps],
-            )?;
-            Ok(())
-        })
+        self.put(Kind::WorkingSet, &sealed, working_set_rows(set))
     }
 
     /// The newest working set of an executable, whether it helps or not.
@@ -80,5 +62,28 @@ impl Archive {
     pub fn working_set(&self, prefix: &BlobPrefix) -> Result<(BlobId, WorkingSet)> {
         let (id, _) = self.resolve(prefix, Some(Kind::WorkingSet))?;
         Ok((id, self.load(id)?))
+    }
+}
+
+/// What writes a working set's row, in place of the one that there was for this executable and class of arguments.
+pub(crate) fn working_set_rows(
+    set: &WorkingSet,
+) -> impl FnOnce(&Transaction<'_>, &[u8; 32], i64) -> rusqlite::Result<()> {
+    move |tx, id, now| {
+        let key = set.executable.text();
+        let (files, pages) = (set.files.len() as i64, i64::try_from(set.pages()).unwrap_or(i64::MAX));
+        let before = "SELECT blob FROM working_sets WHERE executable = ?1 AND mode = ?2";
+        let before = tx.query_row(before, [&key, &set.mode], |row| Ok(blob_id(row, 0))).optional()?.flatten();
+        tx.execute("DELETE FROM working_sets WHERE blob = ?1", [id])?;
+        if let Some(before) = before.filter(|before| before.0 != *id) {
+            remove_rows(tx, &before)?;
+        }
+        tx.execute("DELETE FROM working_sets WHERE executable = ?1 AND mode = ?2", [&key, &set.mode])?;
+        tx.execute(
+            "INSERT INTO working_sets (blob, stored_s, program, executable, mode, recordings, files, pages, helps)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+            params![id, now, set.program, key, set.mode, set.recordings, files, pages, set.usefulness.helps()],
+        )?;
+        Ok(())
     }
 }

@@ -1,28 +1,10 @@
 //! Working sets in the archive: found by the executable, replaced by their successor, thrown away like all else.
 
+mod common;
+
+use common::{build, working_set as set};
 use dyni_profiles::{Archive, Entry, ForStart, GcPolicy};
-use dyni_schema::{BuildId, FileKey, FileSet, InodeKey, Recorder, Runs, Usefulness, WorkingSet};
-
-fn set(executable: &FileKey, mode: &str, recordings: u32, usefulness: Usefulness) -> WorkingSet {
-    let mut runs = Runs::default();
-    (3..9).for_each(|page| runs.push(page, 255, 0));
-    WorkingSet {
-        program: "clang".into(),
-        executable: executable.clone(),
-        mode: mode.into(),
-        recordings,
-        recorder: Recorder::Pagemap,
-        granule: 16,
-        deadline_ns: 1,
-        updated_s: 1,
-        usefulness,
-        files: vec![FileSet { key: executable.clone(), path: "/usr/bin/clang".into(), size: 1 << 20, runs }],
-    }
-}
-
-fn build(n: u8) -> FileKey {
-    FileKey::Build(BuildId(vec![n; 20]))
-}
+use dyni_schema::{BuildId, FileKey, InodeKey, Usefulness};
 
 #[test]
 fn it_is_found_by_its_executable_and_replaced_by_its_successor() {

@@ -3,7 +3,8 @@
 #![allow(dead_code)]
 
 use dyni_schema::{
-    BuildId, FunctionHash, FunctionPlan, Host, Method, ModulePlan, ModuleProfile, Plan, PlanKind, Profile, Samples,
+    BuildId, FileKey, FileSet, FunctionHash, FunctionPlan, Host, Method, ModulePlan, ModuleProfile, Plan, PlanKind,
+    Profile, Recorder, Runs, Samples, Usefulness, WorkingSet,
 };
 use std::path::Path;
 use std::process::Command;
@@ -76,6 +77,29 @@ pub fn plan(program: &str, weight: u64) -> Plan {
         profile: [9; 32],
         modules: vec![module(1, "libc.so.6"), module(100 + program.len() as u8, program)],
     }
+}
+
+/// What is touched of one file.
+pub fn working_set(executable: &FileKey, mode: &str, recordings: u32, usefulness: Usefulness) -> WorkingSet {
+    let mut runs = Runs::default();
+    (3..9).for_each(|page| runs.push(page, 255, 0));
+    WorkingSet {
+        program: "clang".into(),
+        executable: executable.clone(),
+        mode: mode.into(),
+        recordings,
+        recorder: Recorder::Pagemap,
+        granule: 16,
+        deadline_ns: 1,
+        updated_s: 1,
+        usefulness,
+        files: vec![FileSet { key: executable.clone(), path: "/usr/bin/clang".into(), size: 1 << 20, runs }],
+    }
+}
+
+/// An executable that has a build-id.
+pub fn build(n: u8) -> FileKey {
+    FileKey::Build(BuildId(vec![n; 20]))
 }
 
 /// The variable that tells a test that it is run by another one, and on which archive to work.
