@@ -9,6 +9,7 @@
 //! - [`gc`]: what to throw away
 //! - [`mod@merge`]: several recordings of a program as one
 //! - [`working_sets`]: what is kept for programs that start
+//! - [`bundle`], [`export`], [`import`]: a part of the archive as a file, there and back
 //! - [`path`]: where the archive lies
 //! - [`error`]: everything that can go wrong, with what to do about it
 //!
@@ -19,18 +20,24 @@
 //! 3. An archive of a newer dyni is never written to.
 
 pub mod archive;
+pub mod bundle;
 mod db;
 pub mod entry;
 pub mod error;
+pub mod export;
 pub mod gc;
+pub mod import;
 pub mod merge;
 pub mod path;
 pub mod working_sets;
 
 pub use archive::Archive;
+pub use bundle::BundleError;
 pub use entry::{Entry, PlanEntry, ProfileEntry, WorkingSetEntry};
 pub use error::{ArchiveError, Category};
+pub use export::{ExportReport, Selection};
 pub use gc::{GcPolicy, GcReport};
+pub use import::{ImportReport, Imported, Incoming};
 pub use merge::{MergeError, merge};
 pub use path::{archive_path, default_path};
 pub use working_sets::ForStart;
