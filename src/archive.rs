@@ -1,13 +1,13 @@
-//! `dyni archive`: what is kept, and throwing it away.
+//! `dyni archive`: what is kept, sharing it, and throwing it away.
 //!
 //! Everything printed may come from another host: text is cleaned of control characters before it reaches a terminal.
 
+mod exchange;
 mod show;
 mod working_set;
 
 pub use working_set::WorkingSetReport;
 
-use std::io::{self, Write};
 use std::path::Path;
 use std::time::SystemTime;
 
@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::duration::human_ns;
 use crate::errors::Failure;
-use crate::output::{Align, Paint, Report, Table, human_bytes, plural, thousands};
+use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 
 /// `dyni archive`
 #[derive(Debug, Args)]
@@ -39,6 +39,11 @@ pub enum ArchiveCommand {
     Rm(RmArgs),
     /// Remove what is old, and the oldest until the rest fits
     Gc(GcArgs),
+    /// Write profiles, plans and working sets into a file, for other hosts
+    Export(exchange::ExportArgs),
+    /// Take in what another host has exported; what is known already counts once
+    #[command(visible_alias = "merge")]
+    Import(exchange::ImportArgs),
 }
 
 /// `dyni archive ls`
@@ -83,26 +88,20 @@ pub struct GcArgs {
 ///
 /// # Errors
 /// A [`Failure`]: the archive can't be used, or has no such record.
-pub fn run(args: ArchiveArgs, archive_path: &Path, json: bool) -> anyhow::Result<()> {
+pub fn run(args: &ArchiveArgs, archive_path: &Path, out: Output) -> Result<(), Failure> {
     match &args.command {
-        ArchiveCommand::Ls(args) => print(&ls(args, archive_path)?, json),
+        ArchiveCommand::Ls(args) => out.report(&ls(args, archive_path)?),
         ArchiveCommand::Show(args) => match show::show(&args.id, archive_path)? {
-            show::Shown::Profile(report) => print(&*report, json),
-            show::Shown::Plan(report) => print(&*report, json),
-            show::Shown::WorkingSet(report) => print(&*report, json),
+            show::Shown::Profile(report) => out.report(&*report),
+            show::Shown::Plan(report) => out.report(&*report),
+            show::Shown::WorkingSet(report) => out.report(&*report),
         },
-        ArchiveCommand::Rm(args) => print(&rm(args, archive_path)?, json),
-        ArchiveCommand::Gc(args) => print(&gc(args, archive_path)?, json),
+        ArchiveCommand::Rm(args) => out.report(&rm(args, archive_path)?),
+        ArchiveCommand::Gc(args) => out.report(&gc(args, archive_path)?),
+        ArchiveCommand::Export(args) => exchange::export(args, archive_path, out)?,
+        ArchiveCommand::Import(args) => out.report(&exchange::import(args, archive_path)?),
     }
     Ok(())
-}
-
-/// A reader that has gone away is no error: the work is done.
-fn print(report: &impl Report, json: bool) {
-    let text =
-        if json { serde_json::to_string_pretty(report).unwrap_or_default() + "\n" } else { report.text(Paint::PLAIN) };
-    let mut out = io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
 /// `dyni archive ls --json`.

@@ -117,7 +117,7 @@ pub enum Command {
     Drift(DriftArgs),
     /// Show what this host, a process or a file allows, what not, and why
     Doctor(DoctorArgs),
-    /// List, show and throw away the profiles and plans that are kept
+    /// List, show, share and throw away the profiles and plans that are kept
     Archive(crate::archive::ArchiveArgs),
     /// Read the daemon's configuration and say what it means
     Config(ConfigArgs),

@@ -126,7 +126,7 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Drift(args) => drift::run(&args, out),
         Command::Symbols(args) => symbols::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
-        Command::Archive(args) => Ok(archive::run(args, &store.path()?, out.json())?),
+        Command::Archive(args) => archive::run(&args, &store.path()?, out),
         Command::Config(args) => match args.verb {
             cli::ConfigVerb::Check => config::check::run(config, out),
         },

@@ -5,7 +5,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use common::memory::Text;
 use common::process::{Victim, verify};
 use common::rng::Rng;
 use common::{find_program, is_root};
+use nix::pty::openpty;
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -483,4 +484,99 @@ fn archives_that_are_none() {
     let exe = victim.exe.clone();
     let tally = victim.finish();
     assert_eq!(tally, verify(&exe, tally.rounds));
+}
+
+/// dyni with a plan in its archive, and all of that archive as a file.
+fn exported(victim: &Victim) -> (Dyni, PathBuf) {
+    let d = Dyni::new();
+    d.make_plan(victim.pid(), "200ms");
+    let file = d.folder().join("all.dyni");
+    d.run(&["archive", "export", "--all", text_of(&file)]).expect_done();
+    (d, file)
+}
+
+fn text_of(path: &Path) -> &str {
+    path.to_str().expect("a plain name")
+}
+
+#[test]
+fn files_that_are_no_exports() {
+    let Ok(victim) = start("switches") else {
+        skip!("no compiler is installed");
+    };
+    let (d, file) = exported(&victim);
+    let whole = fs::read(&file).expect("read the file");
+    let other = Dyni::new();
+    let bad = other.folder().join("bad.dyni");
+    let import = |bytes: &[u8]| {
+        fs::write(&bad, bytes).expect("write a file");
+        other.run(&["archive", "import", text_of(&file), text_of(&bad)])
+    };
+    let mut rng = Rng::new("bundle");
+    for _ in 0..20 {
+        let cut = &whole[..rng.below(whole.len() as u64) as usize];
+        import(cut).expect_clear_error(&[1], &["cut off"]);
+        let mut flipped = whole.clone();
+        flipped[rng.below(whole.len() as u64) as usize] ^= 1 << rng.below(8);
+        import(&flipped).expect_clear_error(&NO, &["damaged", "cut off", "newer", "has written"]);
+    }
+    import(&[&whole[..], &whole[..]].concat()).expect_clear_error(&[1], &["follows its end"]);
+    import(b"a shopping list").expect_clear_error(&[3], &["dyni archive export"]);
+    import(&fs::read(d.archive()).expect("read the archive")).expect_clear_error(&[3], &["database"]);
+    other.run(&["archive", "import", "/nowhere"]).expect_clear_error(&[1], &["no such file"]);
+    other.run(&["archive", "import", "/"]).expect_clear_error(&[1], &["directory"]);
+    other.run(&["archive", "import"]).expect(&[2]);
+    assert!(!other.archive().exists(), "something of it was imported");
+    // The whole one, by its other name.
+    other.run(&["archive", "merge", text_of(&file)]).expect_done();
+    let ids = |d: &Dyni| d.run(&["archive", "ls", "--json"]).json()["entries"].as_array().map(Vec::len);
+    assert_eq!(ids(&other), ids(&d));
+}
+
+#[test]
+fn exports_of_nothing_and_to_nowhere() {
+    let Ok(victim) = start("switches") else {
+        skip!("no compiler is installed");
+    };
+    let (d, file) = exported(&victim);
+    let none = d.folder().join("none.dyni");
+    d.run(&["archive", "export", text_of(&none)]).expect(&[2]);
+    d.run(&["archive", "export", "--all", "--program", "x", text_of(&none)]).expect(&[2]);
+    d.run(&["archive", "export", "--build-id", "xyz", text_of(&none)]).expect(&[2]);
+    d.run(&["archive", "export", "--all", "--json", "-"]).expect_clear_error(&[2], &["--json"]);
+    for which in [["--build-id", "00ff"], ["--program", "no-such-program"]] {
+        let nothing = d.run(&[&["archive", "export"], &which[..], &[text_of(&none)]].concat());
+        nothing.expect_clear_error(&[1], &["nothing of that"]);
+        assert!(!none.exists());
+        let nothing = d.run(&[&["archive", "export"], &which[..], &["-"]].concat());
+        nothing.expect_clear_error(&[1], &["nothing of that"]);
+        assert_eq!(nothing.stdout, "");
+    }
+    Dyni::new().run(&["archive", "export", "--all", text_of(&none)]).expect_clear_error(&[1], &["no archive"]);
+    let archive = fs::read(d.archive()).expect("read the archive");
+    d.run(&["archive", "export", "--all", text_of(d.archive())]).expect_clear_error(&[3], &["no export"]);
+    assert_eq!(fs::read(d.archive()).expect("read the archive"), archive);
+    d.run(&["archive", "export", "--all", "/nowhere/x.dyni"]).expect_clear_error(&[1], &["no such file"]);
+    assert!(!none.exists());
+
+    let terminal = openpty(None, None).expect("a terminal");
+    let mut to_terminal = d.command(&["archive", "export", "--all", "-"]);
+    let status = to_terminal.stdout(terminal.slave.try_clone().expect("clone")).stderr(Stdio::null()).status();
+    assert_eq!(status.expect("run").code(), Some(3));
+    let mut from_terminal = d.command(&["archive", "import", "-"]);
+    let status = from_terminal.stdin(terminal.slave).stderr(Stdio::null()).stdout(Stdio::null()).status();
+    assert_eq!(status.expect("run").code(), Some(3));
+
+    // Through a pipe it is the same file, and a reader that goes away is no error of anybody.
+    let piped = d.command(&["archive", "export", "--all", "-"]).output().expect("run");
+    assert_eq!(piped.stdout, fs::read(&file).expect("read the file"));
+    let other = Dyni::new();
+    let mut reader = other.command(&["archive", "import", "-", "--json"]);
+    let mut reader = reader.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("run");
+    let mut writer = d.command(&["archive", "export", "--all", "-"]);
+    writer.stdout(reader.stdin.take().expect("piped")).stderr(Stdio::null());
+    assert!(writer.status().expect("run").success());
+    drop(writer);
+    assert!(reader.wait().expect("wait").success());
+    assert!(other.archive().exists());
 }

@@ -63,14 +63,14 @@ fn plan() -> Plan {
     }
 }
 
-fn archive(dir: &Path) -> (std::path::PathBuf, BlobId, BlobId) {
+pub(super) fn archive(dir: &Path) -> (std::path::PathBuf, BlobId, BlobId) {
     let path = dir.join("a.db");
     let mut archive = Archive::open(&path).unwrap();
     let (a, b) = (archive.put_profile(&profile(true)).unwrap(), archive.put_plan(&plan()).unwrap());
     (path, a, b)
 }
 
-fn json_of(report: &impl Report) -> Value {
+pub(super) fn json_of(report: &impl Report) -> Value {
     serde_json::to_value(report).unwrap()
 }
 
