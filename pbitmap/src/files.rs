@@ -8,11 +8,16 @@ use std::path::Path;
 use dyni_collector::elf;
 use dyni_schema::{FileKey, InodeKey};
 
-/// Opens a regular file to be read, without waiting where something else (a FIFO, a device) has taken its name.
+/// Opens a regular file to be read. What else has that name is not opened, as that alone may start something (a device) or
+/// wait (a FIFO): names come from records that others may have made.
 ///
 /// # Errors
 /// It can't be opened or is no regular file.
 pub fn open(path: &Path) -> io::Result<(File, Metadata)> {
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    // Another may have taken its place since.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.is_file() {
