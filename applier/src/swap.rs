@@ -51,7 +51,7 @@ impl<'g> Swap<'g> {
         let (entries, _) = ledger::find(pid, &maps, &memory);
         let old_escapes = escapes(&entries);
         let side = |made: &[&'g [Generation]]| {
-            let sites = made.iter().map(|m| sites(m, &modules, &entries, &memory)).find(|s| !s.is_empty())?;
+            let sites = fullest(made.iter().map(|m| sites(m, &modules, &entries, &memory)))?;
             let edits = Edits::of(&sites, &Choice::All, &old_escapes);
             let mut out: Vec<Edit> = sites.iter().flat_map(|s| taking_out(&s.entry)).collect();
             out.sort_by_key(|edit| edit.at);
@@ -117,6 +117,13 @@ impl<'g> Swap<'g> {
     }
 }
 
+/// What was made for a process, of all that was made for its group: that of which it holds most. It may hold one module's
+/// code that was made for all and another module's that was made anew for it, and so a part of what is not its own.
+fn fullest<T>(held: impl DoubleEndedIterator<Item = Vec<T>>) -> Option<Vec<T>> {
+    // Of equal ones the first, which is the newest.
+    held.rev().max_by_key(Vec::len).filter(|most| !most.is_empty())
+}
+
 /// The generations of a plan that the process holds.
 fn sites<'g>(
     generations: &'g [Generation],
@@ -131,4 +138,18 @@ fn sites<'g>(
         Some(Site { generation, bias: module.bias, entry })
     };
     generations.iter().filter_map(site).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_what_is_anothers_is_not_taken_for_ones_own() {
+        let of = |held: &[&[&'static str]]| fullest(held.iter().map(|h| h.to_vec()));
+        assert_eq!(of(&[&["libc"], &["libc", "postgres"]]), Some(vec!["libc", "postgres"]));
+        assert_eq!(of(&[&[], &["newer"], &["older"]]), Some(vec!["newer"]));
+        assert_eq!(of(&[&[], &[]]), None);
+        assert_eq!(of(&[]), None);
+    }
 }
