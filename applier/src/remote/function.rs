@@ -28,7 +28,8 @@ use crate::{failpoint, start};
 use dyni_collector::maps::{self, Mapping};
 use dyni_schema::RunAddr;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The length of a trampoline in bytes, and the distance from one to the next.
@@ -46,8 +47,10 @@ const STATE: u64 = 64;
 /// How long the thread waits, when the call is over, for dyni to bring it home, ms.
 const WAIT_MS: u32 = 200;
 /// How long a thread at a safe point is looked for, and how often at least, on a machine that is busy with other things.
-const SEARCH: Duration = Duration::from_secs(1);
-const ROUNDS: u32 = 50;
+const SEARCH: Search = Search { time: Duration::from_secs(1), rounds: 50 };
+/// The same in a process in which the last search was in vain: another module's turn, or the next burst of counting, comes at
+/// once, and a program that always computes must not be searched for minutes.
+const SEARCH_AGAIN: Search = Search { time: Duration::from_millis(100), rounds: 10 };
 /// After so many looks in a row at which no thread could serve later either (every one waits inside a signal handler, so that
 /// is where the program lives), the search is over.
 const HOPELESS: u32 = 10;
@@ -366,8 +369,26 @@ pub(crate) fn call(
     arguments: [u64; 2],
     computing: bool,
 ) -> Result<u64, CallError> {
-    in_own_thread(|| call_here(pid, memory, room, function, arguments, computing))
+    let in_vain = || IN_VAIN.lock().unwrap_or_else(PoisonError::into_inner);
+    let search = if in_vain().contains(&pid) { SEARCH_AGAIN } else { SEARCH };
+    let called = in_own_thread(|| call_here(pid, memory, room, function, arguments, computing, search));
+    match called {
+        Err(CallError::NoSafePoint(_)) => in_vain().insert(pid),
+        _ => in_vain().remove(&pid),
+    };
+    called
 }
+
+/// How long a thread is looked for.
+#[derive(Clone, Copy, Debug)]
+struct Search {
+    time: Duration,
+    /// How often at least.
+    rounds: u32,
+}
+
+/// The processes in which this dyni's last search found no thread.
+static IN_VAIN: Mutex<BTreeSet<i32>> = Mutex::new(BTreeSet::new());
 
 fn call_here(
     pid: i32,
@@ -376,6 +397,7 @@ fn call_here(
     function: RunAddr,
     arguments: [u64; 2],
     computing: bool,
+    search: Search,
 ) -> Result<u64, CallError> {
     let start = Instant::now();
     let places = Places::of(pid, memory)?;
@@ -385,7 +407,7 @@ fn call_here(
     // A static program waits in code of its own, which is not known to hold no lock there.
     let nowhere = places.library.is_empty() && !computing;
     let (mut rounds, mut hopeless) = (0, 0);
-    while (start.elapsed() < SEARCH || rounds < ROUNDS) && hopeless < HOPELESS {
+    while (start.elapsed() < search.time || rounds < search.rounds) && hopeless < HOPELESS {
         rounds += 1;
         stragglers.settle();
         let all = threads(pid)?;
