@@ -79,11 +79,18 @@ impl Dyni {
         run(self.command(args).env("DYNI_FAILPOINT", failpoint))
     }
 
-    /// Records and analyzes a process, so that there is a plan for it; the recording's report.
+    /// Records and analyzes a process, so that there is a plan for it; the recording's report. On a crowded machine one
+    /// recording may see too little for a plan.
     pub fn make_plan(&self, pid: i32, duration: &str) -> Value {
-        let recorded = self.record(pid, duration);
-        self.run(&["analyze"]).expect_done();
-        recorded
+        for attempt in 1.. {
+            let recorded = self.record(pid, duration);
+            self.run(&["analyze"]).expect_done();
+            let would = self.run(&["apply", "-p", &pid.to_string(), "--dry-run"]);
+            if attempt == 5 || !would.stderr.contains("the archive has none") {
+                return recorded;
+            }
+        }
+        unreachable!("the loop ends by itself")
     }
 
     /// `dyni apply --json`
