@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use common::build::{self, variant};
 use common::dyni::{Dyni, Outcome};
 use common::memory::{Text, maps};
 use common::process::{PATIENCE, Victim, verify};
+use dyni_applier::WATCH_FAILPOINTS;
 use nix::sys::signal::Signal;
 use procfs::process::MMPermissions;
 use serde_json::Value;
@@ -78,16 +80,9 @@ fn what_a_saved_context_refers_to_is_kept_until_it_is_gone() {
     let text = Text::new(pid);
     d.make_plan(pid, "300ms");
     for round in 0..4 {
-        d.apply(pid).expect_done();
-        assert!(copies(pid).0 > 0, "round {round}: nothing was applied");
-        victim.signal(Signal::SIGUSR1);
-        victim.wait_for_line("held");
+        apply_and_hold(&d, &mut victim);
         for _ in 0..5 {
-            let out = undo_and_free(&d, pid);
-            out.expect_done();
-            text.assert_pristine(pid, "while a context is held");
-            assert!(copies(pid).0 > 0, "round {round}: the copies that a context refers to were unmapped: {out:#?}");
-            victim.assert_serving("while a context is held");
+            assert_is_kept(&undo_and_free(&d, pid), &text, &mut victim);
         }
         let status = d.run(&["status", "-p", &pid.to_string(), "--json"]).json();
         let modules = status["processes"][0]["modules"].as_array().cloned().unwrap_or_default();
@@ -97,15 +92,84 @@ fn what_a_saved_context_refers_to_is_kept_until_it_is_gone() {
             // It is in use again, and nobody minds the context.
             d.apply(pid).expect_done();
         }
-        victim.signal(Signal::SIGUSR2);
-        victim.wait_for_line("let go");
-        undo_until_freed(&d, &mut victim);
-        text.assert_pristine(pid, "when it was freed");
-        let status = d.run(&["status", "-p", &pid.to_string(), "--json"]).json();
-        assert_eq!(status["processes"][0]["modules"].as_array().map(Vec::len), Some(0), "round {round}: {status:#}");
+        let_go_and_free(&d, &mut victim, &text);
     }
     let tally = victim.finish();
     assert_eq!(tally, verify(&exe, tally.rounds));
+}
+
+/// In a process with more memory than can be looked through in a stop, most of it is looked through before. What comes to
+/// be in memory that was looked through already is found in the stop: a context that is nowhere to be seen until the very
+/// last moment keeps the copy. And where a dyni dies that watches, the next one does all.
+#[test]
+fn what_is_written_after_it_was_looked_through_is_found() {
+    if !watches() {
+        skip!("this kernel does not tell what a process has written (Linux 6.7 does)");
+    }
+    let exe = match build::victim("holds", &variant::gcc_o2) {
+        Ok(exe) => exe,
+        Err(reason) => skip!("{reason}"),
+    };
+    let victim = Victim::start_with(&exe, Command::new(&exe).arg("--forever").env("HOARD", "192"));
+    let (mut victim, d) = (victim.expect("a victim of which one is built"), Dyni::new());
+    let (pid, undo) = (victim.pid(), ["undo", "-p", &victim.pid().to_string(), "--free", "--json"]);
+    let text = Text::new(pid);
+    d.make_plan(pid, "300ms");
+    for _ in 0..4 {
+        apply_and_hold(&d, &mut victim);
+        assert_is_kept(&undo_and_free(&d, pid), &text, &mut victim);
+        for _ in 0..3 {
+            victim.signal(Signal::SIGUSR1);
+            victim.wait_for_line("hidden");
+            let out = d.run_failing("free:looked:hang-up-target", &undo);
+            assert_is_kept(&out, &text, &mut victim);
+            victim.wait_for_line("disclosed");
+        }
+        let_go_and_free(&d, &mut victim, &text);
+    }
+    for point in WATCH_FAILPOINTS {
+        d.apply(pid).expect_done();
+        let out = d.run_failing(point, &undo);
+        assert_eq!(out.code(), None, "{point} was not passed: {out:?}");
+        victim.assert_serving(point);
+        undo_until_freed(&d, &mut victim);
+        text.assert_pristine(pid, point);
+    }
+    let tally = victim.finish();
+    assert_eq!(tally, verify(&exe, tally.rounds));
+}
+
+fn apply_and_hold(d: &Dyni, victim: &mut Victim) {
+    let pid = victim.pid();
+    d.apply(pid).expect_done();
+    assert!(copies(pid).0 > 0, "nothing was applied");
+    victim.signal(Signal::SIGUSR1);
+    victim.wait_for_line("held");
+}
+
+fn assert_is_kept(out: &Outcome, text: &Text, victim: &mut Victim) {
+    let pid = victim.pid();
+    out.expect_done();
+    text.assert_pristine(pid, "while a context is held");
+    assert!(copies(pid).0 > 0, "the copies that a context refers to were unmapped: {out:#?}");
+    victim.assert_serving("while a context is held");
+}
+
+fn let_go_and_free(d: &Dyni, victim: &mut Victim, text: &Text) {
+    let pid = victim.pid();
+    victim.signal(Signal::SIGUSR2);
+    victim.wait_for_line("let go");
+    undo_until_freed(d, victim);
+    text.assert_pristine(pid, "when it was freed");
+    let status = d.run(&["status", "-p", &pid.to_string(), "--json"]).json();
+    assert_eq!(status["processes"][0]["modules"].as_array().map(Vec::len), Some(0), "{status:#}");
+}
+
+/// Whether the kernel knows userfaultfd's asynchronous write protection.
+fn watches() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a kernel has a release");
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(6), Some(7))
 }
 
 /// Generations, each of another plan, leave nothing behind that grows. A few may be there yet at the end: a loop that never

@@ -1,9 +1,11 @@
 //! Named steps at which a test may end dyni, or the target, to prove that nothing depends on either living on.
 //!
 //! `DYNI_FAILPOINT=name` makes dyni kill itself with SIGKILL when it reaches that step; `name:kill-target` makes it kill
-//! the target instead and go on. Without the variable a fail point is one comparison.
+//! the target instead and go on; `name:hang-up-target` sends it SIGHUP and gives it time for whatever it does then. Without the
+//! variable a fail point is one comparison.
 
 use std::sync::LazyLock;
+use std::time::Duration;
 
 /// Every fail point, in the order in which an apply, a change to another plan and then an undo pass them.
 pub const FAILPOINTS: &[&str] = &[
@@ -61,24 +63,44 @@ pub const TEXT_FAILPOINTS: &[&str] = &[
     "text:put-back",
 ];
 
+/// Those that freeing what is out of force passes in a process with much memory besides.
+pub const WATCH_FAILPOINTS: &[&str] = &["free:watch-opened", "free:watching", "free:looked"];
+
+/// How long a target has after `hang-up-target`.
+const HANG_UP: Duration = Duration::from_millis(100);
+
+#[derive(PartialEq)]
+enum Action {
+    Die,
+    KillTarget,
+    HangUpTarget,
+}
+
 struct Armed {
     name: String,
-    kill_target: bool,
+    action: Action,
 }
 
 static ARMED: LazyLock<Option<Armed>> = LazyLock::new(|| {
     let value = std::env::var("DYNI_FAILPOINT").ok()?;
-    Some(match value.strip_suffix(":kill-target") {
-        Some(name) => Armed { name: name.to_owned(), kill_target: true },
-        None => Armed { name: value, kill_target: false },
-    })
+    let actions = [(":kill-target", Action::KillTarget), (":hang-up-target", Action::HangUpTarget)];
+    let named = actions.into_iter().find_map(|(end, action)| Some((value.strip_suffix(end)?.to_owned(), action)));
+    let (name, action) = named.unwrap_or((value, Action::Die));
+    Some(Armed { name, action })
 });
 
-/// Passes the step called `name`, which must be one of [`FAILPOINTS`] or [`TEXT_FAILPOINTS`], while working on process `pid`.
+/// Passes the step called `name`, which must be one of those listed above, while working on process `pid`.
 pub(crate) fn pass(name: &str, pid: i32) {
-    debug_assert!(FAILPOINTS.contains(&name) || TEXT_FAILPOINTS.contains(&name), "{name} is not in the list");
+    debug_assert!([FAILPOINTS, TEXT_FAILPOINTS, WATCH_FAILPOINTS].concat().contains(&name), "{name} is not in a list");
     let Some(armed) = ARMED.as_ref().filter(|a| a.name == name) else { return };
-    let victim = if armed.kill_target { pid } else { std::process::id() as i32 };
+    let (victim, signal) = match armed.action {
+        Action::Die => (std::process::id() as i32, libc::SIGKILL),
+        Action::KillTarget => (pid, libc::SIGKILL),
+        Action::HangUpTarget => (pid, libc::SIGHUP),
+    };
     // SAFETY: kill takes two integers and touches no memory of ours.
-    unsafe { libc::kill(victim, libc::SIGKILL) };
+    unsafe { libc::kill(victim, signal) };
+    if armed.action == Action::HangUpTarget {
+        std::thread::sleep(HANG_UP);
+    }
 }

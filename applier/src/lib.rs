@@ -48,7 +48,7 @@ pub use apply::{Applier, Prepared};
 pub use counts::{CounterReader, Counters, Tally, counters};
 pub use enter::Choice;
 pub use error::ApplyError;
-pub use failpoint::{FAILPOINTS, TEXT_FAILPOINTS};
+pub use failpoint::{FAILPOINTS, TEXT_FAILPOINTS, WATCH_FAILPOINTS};
 pub use gain::Gain;
 pub use huge_text::{HugeTextApplied, HugeTextStatus, apply_huge_text};
 pub use install::{Applied, AppliedModule};

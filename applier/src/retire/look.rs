@@ -23,7 +23,8 @@ pub(super) struct Look<'a> {
     /// something points into it.
     dead: Range<u64>,
     dead_found: Vec<Option<Kept>>,
-    dead_counts: bool,
+    /// The lowest address in the main thread's stack that anything outside of `dead` refers to.
+    lowest: u64,
     /// When it has to be over.
     deadline: Option<Instant>,
     buffer: Vec<u8>,
@@ -32,20 +33,27 @@ pub(super) struct Look<'a> {
 impl<'a> Look<'a> {
     /// For references to these targets, one for each generation, in words plain or mangled with one of these guards.
     pub fn new(memory: &'a Memory, targets: &[Target], guards: &[u64], dead: Range<u64>) -> Self {
-        let count = targets.len();
-        let below = Target { range: dead.clone(), except: 0..0 };
-        let words = Words::new(targets.iter().cloned().chain([below]).collect(), guards);
-        let none = vec![None; count];
+        let none = vec![None; targets.len()];
         Self {
             memory,
-            words,
+            words: words(targets, guards, dead.clone()),
             found: none.clone(),
             dead,
             dead_found: none,
-            dead_counts: false,
+            lowest: u64::MAX,
             deadline: None,
             buffer: vec![0; CHUNK],
         }
+    }
+
+    /// All of the main thread's stack instead of its dead part: what refers to it is noted for a look at which that is known.
+    pub fn noting(self, targets: &[Target], guards: &[u64], stack: Range<u64>) -> Self {
+        Self { words: words(targets, guards, stack), ..self }
+    }
+
+    /// What another look has found counts as well.
+    pub fn going_on(self, found: &[Option<Kept>], lowest: u64) -> Self {
+        Self { found: found.to_vec(), lowest, ..self }
     }
 
     /// It gives up at this moment.
@@ -56,14 +64,19 @@ impl<'a> Look<'a> {
     /// Looks through an area of memory, all of which that may hold what the process wrote.
     pub fn through(&mut self, pagemap: &Pagemap, area: &Area) -> Result<(), Kept> {
         let runs = pagemap.runs(area)?;
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let done = runs.iter().try_for_each(|run| self.run(run, &mut buffer));
-        self.buffer = buffer;
-        done?;
+        runs.iter().try_for_each(|run| self.through_run(run))?;
         if area.shared {
             pagemap.rest_of_shared(area, &runs, |at, bytes| self.bytes(at, bytes))?;
         }
         Ok(())
+    }
+
+    /// Looks through a run of pages.
+    pub fn through_run(&mut self, run: &Range<u64>) -> Result<(), Kept> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let done = self.run(run, &mut buffer);
+        self.buffer = buffer;
+        done
     }
 
     fn run(&mut self, run: &Range<u64>, buffer: &mut [u8]) -> Result<(), Kept> {
@@ -83,16 +96,21 @@ impl<'a> Look<'a> {
     }
 
     fn bytes(&mut self, start: u64, bytes: &[u8]) -> Result<(), Kept> {
-        let (found, dead_found, dead_counts, dead) =
-            (&mut self.found, &mut self.dead_found, &mut self.dead_counts, &self.dead);
-        self.words.each(bytes, |target, offset| {
+        let (found, dead_found, lowest, dead) = (&mut self.found, &mut self.dead_found, &mut self.lowest, &self.dead);
+        self.words.each(bytes, |target, offset, address| {
             let at = start + offset as u64;
             let of_dead = dead.contains(&at);
             match if of_dead { dead_found.get_mut(target) } else { found.get_mut(target) } {
                 Some(place) => *place = place.or(Some(Kept::Word(RunAddr(at)))),
-                None => *dead_counts |= !of_dead,
+                None if of_dead => {}
+                None => *lowest = (*lowest).min(address),
             }
         });
+        self.in_time()
+    }
+
+    /// Whether there is time left.
+    pub fn in_time(&self) -> Result<(), Kept> {
         match self.deadline {
             Some(deadline) if Instant::now() > deadline => Err(Kept::TooSlow),
             _ => Ok(()),
@@ -103,10 +121,10 @@ impl<'a> Look<'a> {
     pub fn through_registers(&mut self, stopped: &Stopped) -> Result<(), Kept> {
         for thread in &stopped.threads {
             let bytes = thread.register_bytes().map_err(|_| Kept::NotStopped)?;
-            let (found, dead_counts) = (&mut self.found, &mut self.dead_counts);
-            self.words.each(&bytes, |target, _| match found.get_mut(target) {
+            let (found, lowest) = (&mut self.found, &mut self.lowest);
+            self.words.each(&bytes, |target, _, address| match found.get_mut(target) {
                 Some(place) => *place = place.or(Some(Kept::Register)),
-                None => *dead_counts = true,
+                None => *lowest = (*lowest).min(address),
             });
         }
         Ok(())
@@ -117,11 +135,23 @@ impl<'a> Look<'a> {
         self.found.iter().all(Option::is_some)
     }
 
+    /// What was found, and the lowest address in the main thread's stack that was, for [`Self::going_on`].
+    pub fn so_far(self) -> (Vec<Option<Kept>>, u64) {
+        (self.found, self.lowest)
+    }
+
     /// What refers to each generation.
     pub fn finish(self) -> Vec<Option<Kept>> {
-        let dead = self.dead_found.into_iter().map(|found| found.filter(|_| self.dead_counts));
+        let dead_counts = self.lowest < self.dead.end;
+        let dead = self.dead_found.into_iter().map(|found| found.filter(|_| dead_counts));
         self.found.into_iter().zip(dead).map(|(live, dead)| live.or(dead)).collect()
     }
+}
+
+/// References to these targets and, as the last one, to a part of the main thread's stack.
+fn words(targets: &[Target], guards: &[u64], stack: Range<u64>) -> Words {
+    let stack = Target { range: stack, except: 0..0 };
+    Words::new(targets.iter().cloned().chain([stack]).collect(), guards)
 }
 
 /// The part of the main thread's stack that is below the stack pointer of the thread that runs on it. What is in it was

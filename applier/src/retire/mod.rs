@@ -15,9 +15,10 @@
 //! (`look`).
 //!
 //! **At one moment**: references wander, as a program copies a `jmp_buf` or a coroutine's stack. So the look that decides
-//! is made while all threads stand still. One before, while they run, only spares the stop where a reference is found
-//! easily. The look in the stop is broken off after [`PATIENCE`]; then the cache is kept, and so where anything could not be
-//! read: a later sweep may have more luck. A cache that is kept costs memory and nothing else.
+//! is made while all threads stand still. One before, while they run, spares the stop where a reference is found easily, and
+//! in a big process all of the looking but at what was written since (`before`, `watch`). The look in the stop is broken off
+//! after [`PATIENCE`]; then the cache is kept, and so where anything could not be read: a later sweep may have more luck. A
+//! cache that is kept costs memory and nothing else.
 //!
 //! **What is not seen**, and would break: a program counter that the program keeps *outside* its memory (written to a pipe
 //! or a file, sent to another process) or in a form of its own (encrypted, compressed, in less than eight bytes), and later
@@ -35,10 +36,12 @@
 //! stay known, in a ledger that only remembers; every step is noted in the generation's own ledger before it is begun, and
 //! that ledger is unmapped last. A generation whose release has begun is never put in force again.
 
+mod before;
 mod kept;
 mod look;
 mod pages;
 mod release;
+mod watch;
 mod words;
 
 pub use kept::Kept;
@@ -52,10 +55,11 @@ use crate::remote::{Caller, Memory, Stopped, in_own_thread};
 use crate::room;
 use crate::undo::move_out;
 use crate::unwind::register;
+use before::Seen;
 use dyni_collector::maps;
 use dyni_schema::RunAddr;
 use look::Look;
-use pages::{Area, Pagemap};
+use pages::Pagemap;
 use release::{Releaser, Stay};
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -63,8 +67,6 @@ use words::Target;
 
 /// How long it is looked while all threads stand still.
 const PATIENCE: Duration = Duration::from_millis(4);
-/// How much memory is so much that it can't be looked through in that time on any machine, bytes.
-const TOO_MUCH: u64 = 64 << 20;
 
 /// A generation that was freed, or was not.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -202,12 +204,12 @@ fn prove(
     let all_for = |kept: Kept| vec![Some(kept); subjects.len()];
 
     let areas = pages::areas(&maps::mappings(pid)?, &ours);
-    let before = match look_before(pid, memory, &targets, &areas) {
-        Ok(found) => found,
+    let before = match before::look(pid, memory, &targets, &areas)? {
+        Ok(before) => before,
         Err(kept) => return Ok((all_for(kept), Duration::ZERO)),
     };
-    if before.iter().all(Option::is_some) {
-        return Ok((before, Duration::ZERO));
+    if before.found.iter().all(Option::is_some) {
+        return Ok((before.found, Duration::ZERO));
     }
     let mut stopped = match Stopped::all(pid, STOP_PATIENCE) {
         Ok(stopped) => stopped,
@@ -215,41 +217,16 @@ fn prove(
         Err(e) => return Err(e.into()),
     };
     failpoint::pass("free:stopped", pid);
-    let decided = decide(&stopped, memory, subjects, &targets, &ours);
+    let decided = decide(&stopped, memory, subjects, &targets, &ours, before.seen.as_ref());
     // A loop that never returns stays in its copy until a stop finds the thread there.
     move_out(&mut stopped, memory, subjects.iter().copied())?;
     let stop = stopped.resume();
     // What was found before says more than that there was no time to find it again.
     let verdicts = match decided {
         Ok(found) => found,
-        Err(kept) => before.into_iter().map(|b| b.or(Some(kept))).collect(),
+        Err(kept) => before.found.into_iter().map(|b| b.or(Some(kept))).collect(),
     };
     Ok((verdicts, stop))
-}
-
-/// The look while the program runs. It proves nothing, but what it finds is there. The main thread's stack is left out:
-/// what lies below its pointer is not known.
-fn look_before(pid: i32, memory: &Memory, targets: &[Target], areas: &[Area]) -> Result<Vec<Option<Kept>>, Kept> {
-    let pagemap = Pagemap::open(pid)?;
-    let mut bytes = 0;
-    for area in areas {
-        bytes += pagemap.runs(area)?.iter().map(|run| run.end - run.start).sum::<u64>();
-        if bytes > TOO_MUCH {
-            return Err(Kept::TooMuch);
-        }
-    }
-    let mut look = Look::new(memory, targets, &[], 0..0);
-    for area in areas.iter().filter(|a| !a.stack) {
-        match look.through(&pagemap, area) {
-            // It may have been unmapped since. If not, the look that decides will say so.
-            Ok(()) | Err(Kept::Unreadable(_)) => {}
-            Err(kept) => return Err(kept),
-        }
-        if look.found_all() {
-            break;
-        }
-    }
-    Ok(look.finish())
 }
 
 /// The look that decides.
@@ -259,6 +236,7 @@ fn decide(
     subjects: &[&Entry],
     targets: &[Target],
     ours: &[Range<u64>],
+    seen: Option<&Seen>,
 ) -> Result<Vec<Option<Kept>>, Kept> {
     let deadline = Instant::now() + PATIENCE;
     // An exec'ed program would have other memory than the one that is being looked at.
@@ -270,12 +248,24 @@ fn decide(
     let guards = look::guards(stopped, memory);
     let dead = look::below_stack_pointer(stopped, &areas);
     let mut look = Look::new(memory, targets, &guards, dead).until(deadline);
+    if let Some(seen) = seen {
+        // A word that was mangled with another number looked like none.
+        if !guards.iter().all(|guard| seen.guards.contains(guard)) {
+            return Err(Kept::NotStopped);
+        }
+        look = look.going_on(&seen.found, seen.lowest);
+    }
     look.through_registers(stopped)?;
     for area in &areas {
         if look.found_all() {
             break;
         }
-        look.through(&pagemap, area)?;
+        let written = seen.filter(|seen| seen.watch.covers(area)).and_then(|_| pagemap.written(area).ok());
+        match written {
+            Some(runs) => runs.iter().try_for_each(|run| look.through_run(run))?,
+            None => look.through(&pagemap, area)?,
+        }
+        look.in_time()?;
     }
     Ok(look.finish())
 }

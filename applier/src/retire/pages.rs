@@ -67,6 +67,11 @@ fn without(range: &Range<u64>, holes: &[Range<u64>]) -> Vec<Range<u64>> {
 
 // include/uapi/linux/fs.h
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+/// The ranges must all be watched (`watch`), or it is an error.
+const CHECK_WATCHED: u64 = 1 << 1;
+/// What was written is watched from now on again.
+const WATCH_AGAIN: u64 = 1 << 0;
+const IS_WRITTEN: u64 = 1 << 1;
 const IS_FILE: u64 = 1 << 2;
 const IS_PRESENT: u64 = 1 << 3;
 const IS_SWAPPED: u64 = 1 << 4;
@@ -123,33 +128,51 @@ impl Pagemap {
 
     /// The pages of an area that are in the process's page table and may hold what it wrote, as rising runs.
     pub fn runs(&self, area: &Area) -> Result<Vec<Range<u64>>, Kept> {
-        match self.scan(area, IS_GUARD) {
-            Ok(runs) => return Ok(runs),
-            // The category is younger than the call.
-            Err(Errno::EINVAL) => {
-                if let Ok(runs) = self.scan(area, 0) {
-                    return Ok(runs);
-                }
-            }
-            Err(_) => {}
+        match self.scan(area, 0, 0) {
+            Ok(runs) => Ok(runs),
+            Err(_) => self.by_page(area),
         }
-        self.by_page(area)
+    }
+
+    /// Those of an area's [`Self::runs`] that were written since they are watched (`watch`).
+    ///
+    /// # Errors
+    /// Some of the area is not watched, the kernel is too old, the process is gone.
+    pub fn written(&self, area: &Area) -> Result<Vec<Range<u64>>, Errno> {
+        self.scan(area, CHECK_WATCHED, IS_WRITTEN)
+    }
+
+    /// The same, and from then on they count as not written until they are again.
+    ///
+    /// # Errors
+    /// As [`Self::written`].
+    pub fn written_till_now(&self, area: &Area) -> Result<Vec<Range<u64>>, Errno> {
+        self.scan(area, CHECK_WATCHED | WATCH_AGAIN, IS_WRITTEN)
     }
 
     /// By the kernel's own walk, which skips what is not there (Linux 6.7).
-    fn scan(&self, area: &Area, guard: u64) -> Result<Vec<Range<u64>>, Errno> {
+    fn scan(&self, area: &Area, flags: u64, all_of: u64) -> Result<Vec<Range<u64>>, Errno> {
+        match self.scan_with(area, IS_GUARD, flags, all_of) {
+            // The category is younger than the call.
+            Err(Errno::EINVAL) => self.scan_with(area, 0, flags, all_of),
+            done => done,
+        }
+    }
+
+    fn scan_with(&self, area: &Area, guard: u64, flags: u64, all_of: u64) -> Result<Vec<Range<u64>>, Errno> {
         let (mut runs, mut at) = (Vec::new(), area.range.start);
         let mut regions = vec![Region::default(); 512];
         let not = if area.shared { guard } else { IS_FILE | IS_ZERO | guard };
         while at < area.range.end {
             let mut arguments = ScanArguments {
                 size: size_of::<ScanArguments>() as u64,
+                flags,
                 start: at,
                 end: area.range.end,
                 regions: regions.as_mut_ptr().expose_provenance() as u64,
                 regions_len: regions.len() as u64,
                 inverted: not,
-                all_of: not,
+                all_of: not | all_of,
                 any_of: IS_PRESENT | IS_SWAPPED,
                 answer: IS_PRESENT | IS_SWAPPED,
                 ..ScanArguments::default()

@@ -104,14 +104,14 @@ impl Words {
         Self { targets, needles: needles.into_iter().map(needle).collect(), low }
     }
 
-    /// Calls `found` with the target's index and the offset of each reference in `bytes`.
-    pub fn each(&self, bytes: &[u8], mut found: impl FnMut(usize, usize)) {
+    /// Calls `found` with the target's index, the offset in `bytes` and the address of each reference.
+    pub fn each(&self, bytes: &[u8], mut found: impl FnMut(usize, usize, u64)) {
         let word = |at: usize| -> Option<u64> {
             Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().expect("eight bytes")))
         };
         let mut tell = |address: u64, at: usize| {
             for (index, _) in self.targets.iter().enumerate().filter(|(_, t)| t.holds(address)) {
-                found(index, at);
+                found(index, at, address);
             }
         };
         for needle in &self.needles {
@@ -146,7 +146,7 @@ mod tests {
 
     fn all(words: &Words, bytes: &[u8]) -> Vec<(usize, usize)> {
         let mut found = Vec::new();
-        words.each(bytes, |target, at| found.push((target, at)));
+        words.each(bytes, |target, at, _| found.push((target, at)));
         found.sort_unstable();
         found.dedup();
         found
