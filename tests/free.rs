@@ -78,7 +78,7 @@ fn what_a_saved_context_refers_to_is_kept_until_it_is_gone() {
     };
     let (pid, exe, d) = (victim.pid(), victim.exe.clone(), Dyni::new());
     let text = Text::new(pid);
-    d.make_plan(pid, "300ms");
+    make_plan_alone(&d, &mut victim, &text);
     for round in 0..4 {
         apply_and_hold(&d, &mut victim);
         for _ in 0..5 {
@@ -114,7 +114,7 @@ fn what_is_written_after_it_was_looked_through_is_found() {
     let (mut victim, d) = (victim.expect("a victim of which one is built"), Dyni::new());
     let (pid, undo) = (victim.pid(), ["undo", "-p", &victim.pid().to_string(), "--free", "--json"]);
     let text = Text::new(pid);
-    d.make_plan(pid, "300ms");
+    make_plan_alone(&d, &mut victim, &text);
     for _ in 0..4 {
         apply_and_hold(&d, &mut victim);
         assert_is_kept(&undo_and_free(&d, pid), &text, &mut victim);
@@ -139,10 +139,18 @@ fn what_is_written_after_it_was_looked_through_is_found() {
     assert_eq!(tally, verify(&exe, tally.rounds));
 }
 
+/// A plan, and nothing left of the counting for it.
+fn make_plan_alone(d: &Dyni, victim: &mut Victim, text: &Text) {
+    d.make_plan(victim.pid(), "300ms");
+    victim.signal(Signal::SIGUSR1);
+    victim.wait_for_line("held");
+    let_go_and_free(d, victim, text);
+}
+
 fn apply_and_hold(d: &Dyni, victim: &mut Victim) {
     let pid = victim.pid();
     d.apply(pid).expect_done();
-    assert!(copies(pid).0 > 0, "nothing was applied");
+    assert_eq!(copies(pid).0, 1, "one generation was applied");
     victim.signal(Signal::SIGUSR1);
     victim.wait_for_line("held");
 }
