@@ -32,13 +32,18 @@ pub fn key(file: &File, metadata: &Metadata) -> FileKey {
     if let Ok(elf::StartFacts { build_id: Some(id), .. }) = elf::start_facts(file) {
         return FileKey::Build(id);
     }
-    let modified_ns = metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec());
-    FileKey::Inode(InodeKey {
+    FileKey::Inode(place(metadata))
+}
+
+/// Where a file is on this host and when it was changed last: cheaper to find out than what it is.
+#[must_use]
+pub fn place(metadata: &Metadata) -> InodeKey {
+    InodeKey {
         device: (libc::major(metadata.dev()), libc::minor(metadata.dev())),
         inode: metadata.ino(),
         size: metadata.len(),
-        modified_ns,
-    })
+        modified_ns: metadata.mtime().saturating_mul(1_000_000_000).saturating_add(metadata.mtime_nsec()),
+    }
 }
 
 #[cfg(test)]

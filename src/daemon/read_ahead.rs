@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -15,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use dyni_pbitmap::{Budget, files, prefetch};
 use dyni_profiles::Archive;
-use dyni_schema::FileKey;
+use dyni_schema::{FileKey, InodeKey};
 
 use super::protocol::ReadAheadStatus;
 use crate::exec::watch_use;
@@ -59,6 +58,7 @@ impl ReadAhead {
             archive: archive.to_owned(),
             counts: counts.clone(),
             asked: None,
+            opened: None,
             sets: HashSet::new(),
             executables: HashMap::new(),
         };
@@ -82,14 +82,6 @@ impl ReadAhead {
     }
 }
 
-/// A file on this host at one time; cheaper to find out than what it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Place {
-    device: u64,
-    inode: u64,
-    modified_ns: i64,
-}
-
 /// What is remembered of an executable.
 #[derive(Debug)]
 struct Executable {
@@ -102,9 +94,11 @@ struct Reader {
     archive: PathBuf,
     counts: Arc<Counts>,
     asked: Option<Instant>,
+    /// As it was when it was asked; `None` if it can't be read.
+    opened: Option<Archive>,
     /// The executables for which it has something, as the text of their keys.
     sets: HashSet<String>,
-    executables: HashMap<Place, Executable>,
+    executables: HashMap<InodeKey, Executable>,
 }
 
 impl Reader {
@@ -125,7 +119,9 @@ impl Reader {
         self.asked = Some(Instant::now());
         self.sets.clear();
         let mut stopped = Vec::new();
-        let entries = Archive::open_read_only(&self.archive).and_then(|a| a.working_sets(None));
+        // Opened anew each time: another may lie there by now.
+        self.opened = Archive::open_read_only(&self.archive).ok();
+        let entries = self.opened.as_ref().and_then(|archive| archive.working_sets(None).ok());
         for entry in entries.unwrap_or_default() {
             match entry.helps {
                 true => drop(self.sets.insert(entry.executable)),
@@ -138,16 +134,14 @@ impl Reader {
 
     fn read_for(&mut self, pid: i32) -> io::Result<()> {
         let link = PathBuf::from(format!("/proc/{pid}/exe"));
-        let found = std::fs::metadata(&link)?;
-        let modified_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
-        let place = Place { device: found.dev(), inode: found.ino(), modified_ns };
+        let place = files::place(&std::fs::metadata(&link)?);
         if !self.executables.contains_key(&place) {
             if self.executables.len() >= REMEMBERED {
                 self.executables.clear();
             }
             let (file, metadata) = files::open(&link)?;
             let key = files::key(&file, &metadata);
-            self.executables.insert(place, Executable { key, read: None });
+            self.executables.insert(place.clone(), Executable { key, read: None });
         }
         let Some(executable) = self.executables.get_mut(&place) else { return Ok(()) };
         let is_recent = executable.read.is_some_and(|at| at.elapsed() < AGAIN);
@@ -155,8 +149,8 @@ impl Reader {
             return Ok(());
         }
         executable.read = Some(Instant::now());
-        let newest = Archive::open_read_only(&self.archive).and_then(|a| a.working_set_of(&executable.key));
-        let Some(set) = newest.ok().flatten().filter(|set| set.usefulness.helps()) else { return Ok(()) };
+        let newest = self.opened.as_ref().and_then(|archive| archive.working_set_of(&executable.key).ok().flatten());
+        let Some(set) = newest.filter(|set| set.usefulness.helps()) else { return Ok(()) };
         let fetched = prefetch(&set, Budget::of_host());
         // In this order: a start that is counted has its pages counted.
         self.counts.pages.fetch_add(fetched.pages(), Ordering::Relaxed);
