@@ -95,8 +95,14 @@ impl Subject {
             // The children first: they would hold the port or the shared memory that the next one needs. And the parent must
             // not put others in their place meanwhile.
             let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
-            for process in descendants(pid).into_iter().chain([pid]) {
+            let family: Vec<i32> = descendants(pid).into_iter().chain([pid]).collect();
+            for &process in &family {
                 let _ = kill(Pid::from_raw(process), Signal::SIGKILL);
+            }
+            // On a crowded machine it takes time until they are dead, and their shared memory is free.
+            let deadline = Instant::now() + PATIENCE;
+            while family.iter().any(|&process| has_memory(process)) && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(10));
             }
         }
         stock.restart();
@@ -104,6 +110,11 @@ impl Subject {
         drop(stock);
         self.rest.store(false, Ordering::SeqCst);
     }
+}
+
+/// Whether a process has not come so far in its end that it has given back its memory.
+fn has_memory(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/statm")).is_ok_and(|sizes| !sizes.starts_with("0 "))
 }
 
 fn duration() -> Duration {
