@@ -10,6 +10,7 @@
 //! - [`mod@merge`]: several recordings of a program as one
 //! - [`working_sets`]: what is kept for programs that start
 //! - [`bundle`], [`export`], [`import`]: a part of the archive as a file, there and back
+//! - [`fdata`]: BOLT's text format of profiles
 //! - [`path`]: where the archive lies
 //! - [`error`]: everything that can go wrong, with what to do about it
 //!
@@ -25,6 +26,7 @@ mod db;
 pub mod entry;
 pub mod error;
 pub mod export;
+pub mod fdata;
 pub mod gc;
 pub mod import;
 pub mod merge;
