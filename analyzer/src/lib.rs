@@ -1,6 +1,7 @@
 //! Code recovery and layout: from an ELF image and a profile to a plan. Pure: no process, no database, no clock, the same
 //! result on any host and any number of threads.
 
+pub mod bolt;
 pub mod calls;
 pub mod cdsort;
 pub mod cfg;

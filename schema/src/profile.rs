@@ -70,8 +70,9 @@ impl Samples {
 }
 
 /// Control transfers: from a branch instruction (its own address, not the one after it) to its target, link addresses
-/// of the same module; sorted by (from, to), each pair once. From counters ([`Method::Count`]): calls through pointers, how
-/// often each callee was found to be the last one; callee 0 is any outside the module.
+/// of the same module; sorted by (from, to), each pair once. A target of 0 is any outside the module: of imported profiles,
+/// and from counters ([`Method::Count`]), which know calls through pointers alone, how often each callee was found to be the
+/// last one.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Archive, Serialize, Deserialize)]
 pub struct Branches {
     /// The address of the branch instruction.

@@ -108,7 +108,7 @@ impl<'a> Evidence<'a> {
     }
 
     /// Branches to one address: source and count.
-    fn branches_to(&self, to: LinkAddr) -> impl Iterator<Item = (LinkAddr, u64)> + '_ {
+    pub(crate) fn branches_to(&self, to: LinkAddr) -> impl Iterator<Item = (LinkAddr, u64)> + '_ {
         let b = &self.profile.branches;
         let target = |&row: &u32| b.to[row as usize];
         let first = self.by_target.partition_point(|r| target(r) < to.0);
@@ -117,7 +117,7 @@ impl<'a> Evidence<'a> {
     }
 
     /// How many straight-line ranges run over the instruction at an address.
-    fn covered(&self, at: LinkAddr) -> u64 {
+    pub(crate) fn covered(&self, at: LinkAddr) -> u64 {
         let i = self.cover.partition_point(|c| c.0 <= at.0);
         i.checked_sub(1).map_or(0, |i| u64::try_from(self.cover[i].1).unwrap_or(0))
     }
@@ -130,7 +130,7 @@ impl<'a> Evidence<'a> {
     }
 
     /// How many ranges run on from the instruction before an address into the one at it.
-    fn run_on(&self, at: LinkAddr) -> u64 {
+    pub(crate) fn run_on(&self, at: LinkAddr) -> u64 {
         let begin = self.starts.binary_search_by_key(&at.0, |s| s.0).map_or(0, |i| self.starts[i].1);
         self.covered(at).saturating_sub(begin)
     }
