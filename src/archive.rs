@@ -3,6 +3,9 @@
 //! Everything printed may come from another host: text is cleaned of control characters before it reaches a terminal.
 
 mod exchange;
+mod fdata;
+mod foreign;
+mod formats;
 mod show;
 mod working_set;
 
@@ -39,9 +42,9 @@ pub enum ArchiveCommand {
     Rm(RmArgs),
     /// Remove what is old, and the oldest until the rest fits
     Gc(GcArgs),
-    /// Write profiles, plans and working sets into a file, for other hosts
+    /// Write profiles, plans and working sets into a file, for other hosts; or a profile, for other tools
     Export(exchange::ExportArgs),
-    /// Take in what another host has exported; what is known already counts once
+    /// Take in what another host has exported, or another tool recorded; what is known already counts once
     #[command(visible_alias = "merge")]
     Import(exchange::ImportArgs),
 }

@@ -72,7 +72,7 @@ pub enum BundleError {
     #[error("its records could not be put aside until all of them were there: {0}")]
     Spool(String),
     /// It does not begin as a bundle does.
-    #[error("it is not a file that `dyni archive export` has written")]
+    #[error("it is not a file that `dyni archive export` has written, nor any other format that is known here")]
     NotABundle,
     /// It is an archive, or another program's database.
     #[error("it is a database, not a file that `dyni archive export` has written")]

@@ -80,6 +80,17 @@ impl Incoming {
         }
         first_bad.map_or(Ok(self), Err)
     }
+
+    /// Adds a profile that was made here, of another tool's recording; its id.
+    ///
+    /// # Errors
+    /// It breaks a rule of its type or is too large, or there is no place to put it aside.
+    pub fn add(&mut self, profile: &Profile) -> std::result::Result<BlobId, BundleError> {
+        let sealed = envelope::seal(profile).map_err(ArchiveError::from)?;
+        let added = self.spool.execute("INSERT INTO records (bytes) VALUES (?1)", [&sealed]);
+        added.map_err(|e| BundleError::Spool(e.to_string()))?;
+        Ok(BlobId::of(&sealed))
+    }
 }
 
 impl Archive {

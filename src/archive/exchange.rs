@@ -1,7 +1,7 @@
 //! `dyni archive export` and `import`: a part of the archive as a file, for other hosts.
 
 use std::fs::{self, File, Permissions};
-use std::io::{self, BufReader, BufWriter, IsTerminal, Read};
+use std::io::{self, BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,8 @@ use dyni_schema::envelope::Kind;
 use serde::Serialize;
 
 use super::clean;
+use super::foreign::{self, Recording};
+use super::formats::{self, Format};
 use crate::errors::Failure;
 use crate::output::{Align, Output, Paint, Report, Table, human_bytes, plural, thousands};
 
@@ -25,10 +27,10 @@ const UNFINISHED: &str = ".dyni-export-";
 /// `dyni archive export`
 #[derive(Debug, Args)]
 #[group(skip)]
-#[command(group = ArgGroup::new("which").required(true).multiple(true).args(["all", "program", "build_id"]))]
+#[command(group = ArgGroup::new("which").required(true).multiple(true).args(["all", "program", "build_id", "profile"]))]
 pub struct ExportArgs {
     /// Everything but working sets of executables without a build-id, which only this host can use
-    #[arg(long, conflicts_with_all = ["program", "build_id"])]
+    #[arg(long, conflicts_with_all = ["program", "build_id", "format"])]
     pub all: bool,
     /// Only what is of this program
     #[arg(long, value_name = "PROGRAM")]
@@ -37,6 +39,16 @@ pub struct ExportArgs {
     /// be given several times)
     #[arg(long, value_name = "ID", value_parser = build_id)]
     pub build_id: Vec<BuildId>,
+    /// One profile in the format of another tool: of several that fit the newest, and of that, if modules are named, only what
+    /// it saw in those
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<Format>,
+    /// Which profile, for --format: its id or the first four digits of it, its label, a program's name, or latest
+    #[arg(long, value_name = "PROFILE", requires = "format", conflicts_with = "program")]
+    pub profile: Option<String>,
+    /// Where a module of the profile lies now, for --format, if not where it was recorded (may be given several times)
+    #[arg(long, value_name = "FILE", requires = "format")]
+    pub binary: Vec<PathBuf>,
     /// The file to write, or - for standard output
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
@@ -45,9 +57,15 @@ pub struct ExportArgs {
 /// `dyni archive import`
 #[derive(Debug, Args)]
 pub struct ImportArgs {
-    /// Files that `dyni archive export` has written, or - for standard input; all are imported, or none
+    /// Files that `dyni archive export` has written, or fdata of BOLT; - for standard input; all are imported, or none
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<PathBuf>,
+    /// The binary that a recording of another tool is of, where that tool's format does not say (may be given several times)
+    #[arg(long, value_name = "FILE")]
+    pub binary: Vec<PathBuf>,
+    /// What to call profiles that are made of other tools' recordings
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub label: String,
 }
 
 /// A build-id on the command line.
@@ -75,12 +93,50 @@ pub struct ExportOutcome {
 /// # Errors
 /// Nothing matches, or something can't be read or written; then there is no new file.
 pub fn export(args: &ExportArgs, archive: &Path, out: Output) -> Result<(), Failure> {
-    let selection = Selection { program: args.program.clone(), build_ids: args.build_id.clone() };
-    if args.file.as_os_str() != STREAM {
-        out.report(&to_file(&args.file, &selection, archive)?);
-        return Ok(());
+    if let Some(format) = args.format {
+        return formats::export(args, format, archive, out);
     }
-    let what = "export to standard output";
+    let selection = Selection { program: args.program.clone(), build_ids: args.build_id.clone() };
+    let archive = Archive::open_read_only(archive)?;
+    let outcome = write(&args.file, is_bundle, out, |name, to| bundle(&archive, &selection, name, to))?;
+    tell(&args.file, &outcome, out);
+    Ok(())
+}
+
+fn is_bundle(begins: &[u8]) -> bool {
+    begins == MAGIC
+}
+
+fn bundle(archive: &Archive, selection: &Selection, name: &str, to: &mut dyn Write) -> Result<ExportOutcome, Failure> {
+    let report = archive.export(selection, to).map_err(|e| failure(&format!("export to {name}"), e))?;
+    Ok(ExportOutcome::new(name, &report))
+}
+
+/// Prints what was written, where the file itself does not go.
+pub(super) fn tell(file: &Path, outcome: &impl Report, out: Output) {
+    if file.as_os_str() == STREAM {
+        out.note(outcome.text(Paint::PLAIN).trim_end());
+    } else {
+        out.report(outcome);
+    }
+}
+
+/// Lets `content` write to a file, or to standard output; it is given its name for people. A file takes its name when it
+/// is whole, and only the place of one that `is_same` finds to begin like it, or of an empty one.
+///
+/// # Errors
+/// It may not be written there, or what `content` gave; then there is no new file.
+pub(super) fn write<T>(
+    file: &Path,
+    is_same: impl Fn(&[u8]) -> bool,
+    out: Output,
+    content: impl FnOnce(&str, &mut dyn Write) -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    if file.as_os_str() != STREAM {
+        return to_file(file, is_same, content);
+    }
+    let name = "standard output";
+    let what = format!("export to {name}");
     if out.json() {
         return Err(Failure::usage(what, "--json wants it, too").help("name a file"));
     }
@@ -89,18 +145,18 @@ pub fn export(args: &ExportArgs, archive: &Path, out: Output) -> Result<(), Fail
         return Err(Failure::refused(what, "it is a terminal")
             .help("name a file, or put `| ssh HOST dyni archive import -` behind"));
     }
-    let report = Archive::open_read_only(archive)?.export(&selection, &mut to).map_err(|e| failure(what, e))?;
-    out.note(ExportOutcome::new("standard output", &report).text(Paint::PLAIN).trim_end());
-    Ok(())
+    content(name, &mut to)
 }
 
-/// The file takes its name when it is whole.
-fn to_file(file: &Path, selection: &Selection, archive: &Path) -> Result<ExportOutcome, Failure> {
+fn to_file<T>(
+    file: &Path,
+    is_same: impl Fn(&[u8]) -> bool,
+    content: impl FnOnce(&str, &mut dyn Write) -> Result<T, Failure>,
+) -> Result<T, Failure> {
     let what = format!("export to {}", file.display());
-    let archive = Archive::open_read_only(archive)?;
     // What a symbolic link leads to is what is to be replaced.
     let target = fs::canonicalize(file).unwrap_or_else(|_| file.to_owned());
-    if !may_replace(&target) {
+    if !may_replace(&target, is_same) {
         return Err(Failure::refused(what, "there is something of that name that is no export of dyni's")
             .help("name another file, or - for standard output"));
     }
@@ -112,17 +168,20 @@ fn to_file(file: &Path, selection: &Selection, archive: &Path) -> Result<ExportO
         .permissions(Permissions::from_mode(0o666))
         .tempfile_in(folder)
         .map_err(failed)?;
-    let report = archive.export(selection, BufWriter::new(unfinished.as_file())).map_err(|e| failure(&what, e))?;
+    let mut to = BufWriter::new(unfinished.as_file());
+    let outcome = content(&file.display().to_string(), &mut to)?;
+    to.flush().map_err(failed)?;
+    drop(to);
     unfinished.persist(&target).map_err(|e| failed(e.error))?;
-    Ok(ExportOutcome::new(&file.display().to_string(), &report))
+    Ok(outcome)
 }
 
 /// Whether there is nothing, or nothing but an earlier export: not the archive itself, nor a device.
-fn may_replace(target: &Path) -> bool {
+fn may_replace(target: &Path, is_same: impl Fn(&[u8]) -> bool) -> bool {
     let is_export = || {
         let mut begins = Vec::new();
         let read = File::open(target).and_then(|file| file.take(MAGIC.len() as u64).read_to_end(&mut begins));
-        read.is_ok() && (begins.is_empty() || begins == MAGIC)
+        read.is_ok() && (begins.is_empty() || is_same(&begins))
     };
     match fs::metadata(target) {
         Ok(found) => found.is_file() && is_export(),
@@ -138,26 +197,36 @@ fn may_replace(target: &Path) -> bool {
 pub fn import(args: &ImportArgs, archive: &Path) -> Result<ImportOutcome, Failure> {
     let what = |name: &dyn std::fmt::Display| format!("import {name}");
     let mut incoming = Incoming::new().map_err(|e| failure("import", e))?;
+    let mut recordings = Vec::new();
     for file in &args.files {
-        incoming = if file.as_os_str() == STREAM {
+        let (what, mut from): (String, Box<dyn BufRead>) = if file.as_os_str() == STREAM {
             let what = what(&"standard input");
             let from = io::stdin().lock();
             if from.is_terminal() {
                 return Err(Failure::refused(what, "it is a terminal")
                     .help("name a file, or put `ssh HOST dyni archive export --all - |` before"));
             }
-            incoming.read(from).map_err(|e| failure(&what, e))?
+            (what, Box::new(from))
         } else {
             let what = what(&file.display());
             let from = File::open(file).map_err(|e| failure(&what, BundleError::Read(e.to_string())))?;
-            incoming.read(BufReader::new(from)).map_err(|e| failure(&what, e))?
+            (what, Box::new(BufReader::new(from)))
         };
+        let begins = from.fill_buf().map_err(|e| failure(&what, BundleError::Read(e.to_string())))?;
+        match foreign::format_of(begins) {
+            Some(format) => {
+                let (profile, mut recording) = foreign::read(format, file, &mut from, args, &what)?;
+                recording.profile = incoming.add(&profile).map_err(|e| failure(&what, e))?.hex();
+                recordings.push(recording);
+            }
+            None => incoming = incoming.read(from).map_err(|e| failure(&what, e))?,
+        }
     }
     let report = Archive::open(archive)?.import(&incoming)?;
-    Ok(ImportOutcome::new(archive, &report))
+    Ok(ImportOutcome::new(archive, &report, recordings))
 }
 
-fn failure(what: &str, e: BundleError) -> Failure {
+pub(super) fn failure(what: &str, e: BundleError) -> Failure {
     let failure = match e.category() {
         Category::Failed => Failure::failed(what, &e),
         Category::Usage => Failure::usage(what, &e),
@@ -209,6 +278,8 @@ pub struct ImportOutcome {
     profiles: Counts,
     plans: Counts,
     working_sets: Counts,
+    /// Recordings of other tools, of each of which a profile was made.
+    recordings: Vec<Recording>,
 }
 
 /// What became of the records of one kind.
@@ -223,7 +294,7 @@ struct Counts {
 }
 
 impl ImportOutcome {
-    fn new(archive: &Path, report: &ImportReport) -> Self {
+    fn new(archive: &Path, report: &ImportReport, recordings: Vec<Recording>) -> Self {
         let counts = |kind| {
             let Imported { new, known, left_out } = report.get(&kind).copied().unwrap_or_default();
             Counts { new, known, left_out }
@@ -233,6 +304,7 @@ impl ImportOutcome {
             profiles: counts(Kind::Profile),
             plans: counts(Kind::Plan),
             working_sets: counts(Kind::WorkingSet),
+            recordings,
         }
     }
 }
@@ -245,7 +317,8 @@ impl Report for ImportOutcome {
         {
             table.row([name.into(), thousands(counts.new), thousands(counts.known)]);
         }
-        let mut text = format!("imported into {}\n{}", clean(&self.archive), table.render("  ", paint));
+        let mut text: String = self.recordings.iter().map(|r| r.text(paint)).collect();
+        text.push_str(&format!("imported into {}\n{}", clean(&self.archive), table.render("  ", paint)));
         if self.working_sets.left_out > 0 {
             let sets = plural(self.working_sets.left_out, "working set", "working sets");
             text.push_str(&format!("{sets} left out: the archive's own was learned from as many recordings or more\n"));

@@ -14,7 +14,16 @@ fn everything() -> Selection {
 }
 
 fn import_one(file: &Path, archive: &Path) -> Result<ImportOutcome, Failure> {
-    import(&ImportArgs { files: vec![file.to_owned()] }, archive)
+    import_all(vec![file.to_owned()], archive)
+}
+
+fn import_all(files: Vec<PathBuf>, archive: &Path) -> Result<ImportOutcome, Failure> {
+    import(&ImportArgs { files, binary: Vec::new(), label: String::new() }, archive)
+}
+
+fn to_file(file: &Path, selection: &Selection, archive: &Path) -> Result<ExportOutcome, Failure> {
+    let archive = Archive::open_read_only(archive)?;
+    super::to_file(file, is_bundle, |name, to| bundle(&archive, selection, name, to))
 }
 
 #[test]
@@ -37,8 +46,11 @@ fn there_and_back() {
     let report = import_one(&file, &other).unwrap();
     let none = json!({ "new": 0, "known": 0, "left_out": 0 });
     let one = json!({ "new": 1, "known": 0, "left_out": 0 });
-    assert_eq!(json_of(&report), json!({ "archive": other, "profiles": one, "plans": one, "working_sets": none }));
-    let again = import(&ImportArgs { files: vec![file.clone(), file] }, &other).unwrap();
+    assert_eq!(
+        json_of(&report),
+        json!({ "archive": other, "profiles": one, "plans": one, "working_sets": none, "recordings": [] })
+    );
+    let again = import_all(vec![file.clone(), file], &other).unwrap();
     assert_eq!(json_of(&again)["profiles"], json!({ "new": 0, "known": 2, "left_out": 0 }));
     let text = again.text(Paint::PLAIN);
     let lines: Vec<&str> = text.lines().collect();
@@ -99,7 +111,7 @@ fn of_several_files_all_are_imported_or_none() {
     let bytes = fs::read(&good).unwrap();
     fs::write(&bad, &bytes[..bytes.len() - 1]).unwrap();
     let other = dir.path().join("b.db");
-    let failure = import(&ImportArgs { files: vec![good, bad] }, &other).unwrap_err();
+    let failure = import_all(vec![good, bad], &other).unwrap_err();
     assert_eq!(failure.status(), Status::Failed);
     assert!(failure.to_string().contains("bad.dyni: it is cut off"), "{failure}");
     assert!(!other.exists(), "an archive was made for nothing");
