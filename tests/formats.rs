@@ -14,6 +14,7 @@ use common::process::Victim;
 use dyni_profiles::Archive;
 use dyni_schema::envelope::{BlobPrefix, Kind};
 use dyni_schema::{FunctionPlan, ModulePlan, Plan};
+use serde_json::Value;
 
 /// A victim whose work is its own code, recorded with this method.
 fn recorded(name: &str, method: &str) -> Result<(Victim, Dyni), String> {
@@ -153,6 +154,36 @@ fn bolt_reads_what_is_exported() {
         assert!(profiled >= 3, "{said}");
         assert!(!said.contains("stale") && !said.contains("invalid profile"), "{said}");
     }
+}
+
+/// What they hold is tested where they are written; here, that names of the binary reach them, and all samples.
+#[test]
+fn drawings_have_all_samples_and_the_names_of_the_binary() {
+    let (victim, d) = match recorded("usual", "clock") {
+        Ok(recorded) => recorded,
+        Err(reason) => skip!("{reason}"),
+    };
+    victim.finish();
+    let shown = d.run(&["archive", "ls", "--json"]).json();
+    let samples = shown["entries"][0]["samples"].as_i64().expect("a number of samples");
+    let drawing = export(&d, "firefox", "drawing.json");
+    let json: Value = serde_json::from_slice(&fs::read(&drawing).expect("read")).expect("it is JSON");
+    let weights = json["threads"][0]["samples"]["weight"].as_array().expect("there are weights");
+    assert_eq!(weights.iter().filter_map(Value::as_i64).sum::<i64>(), samples);
+    assert!(json.to_string().contains("\"by_memory\""), "{json}");
+    let graph = export(&d, "pprof", "graph.pb.gz");
+    let unpacked = Command::new("gzip").arg("-dc").arg(&graph).output().expect("run gzip");
+    assert!(unpacked.status.success(), "{unpacked:?}");
+    let holds = |word: &[u8]| unpacked.stdout.windows(word.len()).any(|w| w == word);
+    assert!(holds(b"by_memory") && holds(b"usual-gcc-O2") && holds(b"nanoseconds"));
+    // Each takes the place of one of its own kind and of no other.
+    let again = |format: &str, file: &Path| {
+        d.run(&["archive", "export", "--format", format, "--profile", "latest", text(file)])
+    };
+    again("pprof", &graph).expect_done();
+    again("firefox", &drawing).expect_done();
+    again("pprof", &drawing).expect_clear_error(&[3], &["no export"]);
+    again("firefox", &graph).expect_clear_error(&[3], &["no export"]);
 }
 
 #[test]

@@ -247,12 +247,11 @@ impl Fdata {
         Ok(Self { names: names.into_names(), rows, memory_rows })
     }
 
-    /// Writes the file; its length in bytes. Every place's name must be one of [`Fdata::names`].
+    /// Writes the file. Every place's name must be one of [`Fdata::names`].
     ///
     /// # Errors
     /// What writing gave.
-    pub fn write(&self, to: impl Write) -> io::Result<u64> {
-        let mut to = Counted { to, bytes: 0 };
+    pub fn write(&self, mut to: impl Write) -> io::Result<()> {
         let place = |p: &Place| {
             let name = self.names.get(p.name as usize).map_or(UNKNOWN, String::as_str);
             format!("{} {} {:x}", u8::from(p.is_symbol), escaped(name), p.offset)
@@ -274,25 +273,7 @@ impl Fdata {
                 }
             }
         }
-        to.flush()?;
-        Ok(to.bytes)
-    }
-}
-
-struct Counted<W> {
-    to: W,
-    bytes: u64,
-}
-
-impl<W: Write> Write for Counted<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let written = self.to.write(bytes)?;
-        self.bytes += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
+        to.flush()
     }
 }
 
@@ -394,7 +375,7 @@ mod tests {
         assert_eq!((rows[0].mispredicted, rows[0].count), (2, 1001));
         assert!(!rows[1].from.is_symbol);
         let mut out = Vec::new();
-        assert_eq!(data.write(&mut out).unwrap(), out.len() as u64);
+        data.write(&mut out).unwrap();
         let lines: Vec<_> = BRANCHES.lines().take(2).collect();
         assert_eq!(String::from_utf8(out).unwrap().lines().collect::<Vec<_>>(), lines);
     }

@@ -11,6 +11,7 @@
 //! - [`working_sets`]: what is kept for programs that start
 //! - [`bundle`], [`export`], [`import`]: a part of the archive as a file, there and back
 //! - [`fdata`]: BOLT's text format of profiles
+//! - [`view`], [`pprof`], [`firefox`]: a profile with names, for tools that draw it
 //! - [`path`]: where the archive lies
 //! - [`error`]: everything that can go wrong, with what to do about it
 //!
@@ -27,10 +28,13 @@ pub mod entry;
 pub mod error;
 pub mod export;
 pub mod fdata;
+pub mod firefox;
 pub mod gc;
 pub mod import;
 pub mod merge;
 pub mod path;
+pub mod pprof;
+pub mod view;
 pub mod working_sets;
 
 pub use archive::Archive;

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use super::exchange::ImportArgs;
 use super::foreign::Recording;
-use super::formats::Written;
+use super::formats::{Written, cant_write};
 use crate::errors::Failure;
 use crate::modules::Binary;
 use crate::output::thousands;
@@ -87,7 +87,7 @@ pub fn write(profile: &Profile, binaries: &[Binary], to: &mut dyn Write, what: &
     if written.rows == 0 {
         return Err(Failure::refused(what, "nothing that was seen lies in a function"));
     }
-    written.bytes = data.write(to).map_err(|e| Failure::failed(what, format!("it could not be written: {e}")))?;
+    data.write(to).map_err(|e| cant_write(what, &e))?;
     Ok(written)
 }
 
