@@ -6,6 +6,7 @@ mod exchange;
 mod fdata;
 mod foreign;
 mod formats;
+mod perf_data;
 mod show;
 mod working_set;
 

@@ -10,7 +10,7 @@ use std::process::Command;
 use common::build::{self, variant};
 use common::dyni::{Dyni, run};
 use common::find_program;
-use common::process::Victim;
+use common::process::{Victim, verify};
 use dyni_profiles::Archive;
 use dyni_schema::envelope::{BlobPrefix, Kind};
 use dyni_schema::{FunctionPlan, ModulePlan, Plan};
@@ -184,6 +184,48 @@ fn drawings_have_all_samples_and_the_names_of_the_binary() {
     again("firefox", &drawing).expect_done();
     again("pprof", &drawing).expect_clear_error(&[3], &["no export"]);
     again("firefox", &graph).expect_clear_error(&[3], &["no export"]);
+}
+
+/// Without branch stacks, which this needs a processor for; a recording with some is made by hand where they are read.
+#[test]
+fn a_recording_of_perf_makes_a_plan() {
+    let Some(perf) = find_program("perf") else { skip!("perf is not installed") };
+    let exe = match build::victim("usual", &variant::gcc_o2) {
+        Ok(exe) => exe,
+        Err(reason) => skip!("{reason}"),
+    };
+    let victim = match Victim::start(&exe) {
+        Ok(victim) => victim,
+        Err(reason) => skip!("{reason}"),
+    };
+    let d = Dyni::new();
+    let (file, pid) = (d.folder().join("perf.data"), victim.pid().to_string());
+    let mut record = Command::new(perf);
+    record.args(["record", "-q", "-e", "cpu-clock:u", "-F", "999", "-p", &pid, "-o", text(&file), "--", "sleep", "2"]);
+    let out = run(&mut record);
+    if out.code() != Some(0) || !file.is_file() {
+        skip!("perf can't record here: {}", out.stderr.lines().next().unwrap_or_default());
+    }
+    let out = d.run(&["archive", "import", text(&file), "--label", "by perf", "--json"]);
+    out.expect_done();
+    let recording = &out.json()["recordings"][0];
+    assert_eq!((&recording["format"], &recording["method"]), (&Value::from("perf.data"), &Value::from("clock")));
+    assert!(recording["used"].as_u64().is_some_and(|n| n > 100), "{recording}");
+    let planned = of_module(&plan(&d), &exe);
+    assert!(planned.functions.len() >= 3, "{planned:#?}");
+    // It is a plan like any other, and the victim that it was recorded of is given it.
+    d.apply(victim.pid()).expect_done();
+    let tally = victim.finish();
+    assert_eq!(tally, verify(&exe, tally.rounds));
+
+    let bytes = fs::read(&file).expect("read the recording");
+    let bad = d.folder().join("bad.data");
+    for cut in [10, 90, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&bad, &bytes[..cut]).expect("write");
+        d.run(&["archive", "import", text(&bad)]).expect_clear_error(&[1], &["cut off"]);
+    }
+    let none = d.run(&["archive", "import", text(&file), "--program", "nobody"]);
+    none.expect_clear_error(&[1], &["no samples"]);
 }
 
 #[test]

@@ -7,8 +7,9 @@
 use crate::branch::{self, Proof};
 use crate::maps::{AddressMap, MappedModule};
 use crate::records::{Branch, Event};
+use crate::tables::{Place, Tables};
 use dyni_schema::profile::MAX_STRING;
-use dyni_schema::{Branches, BuildId, LinkAddr, ModuleProfile, Ranges, RunAddr, Samples};
+use dyni_schema::{BuildId, LinkAddr, ModuleProfile, RunAddr};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -45,9 +46,6 @@ struct Module {
     path: String,
 }
 
-/// Where an address is: the module, and the link address there.
-type Place = (u32, LinkAddr);
-
 /// What was counted, apart from the tables.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -79,9 +77,7 @@ pub struct Attribution<'a> {
     seen_processes: HashSet<i32>,
     seen_threads: HashSet<i32>,
     modules: Vec<Module>,
-    samples: HashMap<Place, u64>,
-    taken: HashMap<(u32, u64, u64), (u64, u64)>,
-    straight: HashMap<(u32, u64, u64), u64>,
+    tables: Tables,
     totals: Totals,
 }
 
@@ -98,9 +94,7 @@ impl<'a> Attribution<'a> {
             seen_processes: HashSet::new(),
             seen_threads: HashSet::new(),
             modules: Vec::new(),
-            samples: HashMap::new(),
-            taken: HashMap::new(),
-            straight: HashMap::new(),
+            tables: Tables::default(),
             totals: Totals::default(),
         }
     }
@@ -232,7 +226,7 @@ impl<'a> Attribution<'a> {
     fn sample(&mut self, pid: i32, ip: RunAddr, map: &AddressMap) {
         match self.place(pid, ip, map) {
             Some((place, in_cache)) => {
-                *self.samples.entry(place).or_default() += 1;
+                self.tables.sample(place);
                 self.totals.samples += 1;
                 self.totals.in_cache += u64::from(in_cache);
             }
@@ -244,31 +238,16 @@ impl<'a> Attribution<'a> {
         let mut proofs = Vec::with_capacity(2 * stack.len());
         branch::proofs(stack, |proof| proofs.push(proof));
         for proof in proofs {
-            let (a, b) = match proof {
-                Proof::Taken(b) => (b.from, b.to),
-                Proof::Straight { start, end } => (start, end),
-            };
-            let (Some(((m, a), a_cached)), Some(((n, b), b_cached))) =
-                (self.place(pid, a, map), self.place(pid, b, map))
-            else {
+            let (a, b) = proof.ends();
+            let (Some((a, a_cached)), Some((b, b_cached))) = (self.place(pid, a, map), self.place(pid, b, map)) else {
                 continue;
             };
-            // Branches between modules have no place in a module's table.
-            if m != n {
+            // What is straight in a cache is not so in the original.
+            if matches!(proof, Proof::Straight { .. }) && (a_cached || b_cached) {
                 continue;
             }
-            match proof {
-                Proof::Taken(taken) => {
-                    let row = self.taken.entry((m, a.0, b.0)).or_default();
-                    row.0 += 1;
-                    row.1 += u64::from(taken.mispredicted);
-                    self.totals.branches += 1;
-                }
-                // What is straight in a cache is not so in the original.
-                Proof::Straight { .. } if !a_cached && !b_cached => {
-                    *self.straight.entry((m, a.0, b.0)).or_default() += 1;
-                }
-                Proof::Straight { .. } => {}
+            if self.tables.proof(proof, a, b) {
+                self.totals.branches += 1;
             }
         }
     }
@@ -278,28 +257,7 @@ impl<'a> Attribution<'a> {
     pub fn into_modules(self) -> Vec<ModuleProfile> {
         let named =
             |m: Module| ModuleProfile { build_id: m.build_id, name: m.name, path: m.path, ..Default::default() };
-        let mut modules: Vec<ModuleProfile> = self.modules.into_iter().map(named).collect();
-        for ((module, link), count) in sorted(self.samples) {
-            let Samples { addr, count: counts } = &mut modules[module as usize].samples;
-            addr.push(link.0);
-            counts.push(count);
-        }
-        for ((module, a, b), (count, wrong)) in sorted(self.taken) {
-            let Branches { from, to, count: counts, mispredicted } = &mut modules[module as usize].branches;
-            from.push(a);
-            to.push(b);
-            counts.push(count);
-            mispredicted.push(wrong);
-        }
-        for ((module, a, b), count) in sorted(self.straight) {
-            let Ranges { start, end, count: counts } = &mut modules[module as usize].ranges;
-            start.push(a);
-            end.push(b);
-            counts.push(count);
-        }
-        modules.retain(|m| !m.samples.addr.is_empty() || !m.branches.from.is_empty());
-        modules.sort_by(|a, b| a.build_id.cmp(&b.build_id));
-        modules
+        self.tables.into_modules(self.modules.into_iter().map(named).collect())
     }
 }
 
@@ -312,16 +270,11 @@ pub fn bounded(text: &str) -> String {
     text[..end].to_owned()
 }
 
-fn sorted<K: Ord, V>(table: HashMap<K, V>) -> Vec<(K, V)> {
-    let mut rows: Vec<_> = table.into_iter().collect();
-    rows.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-    rows
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::target::FileId;
+    use dyni_schema::{Branches, Ranges, Samples};
 
     fn module(id: u8, bias: u64) -> MappedModule {
         let text = RunAddr(bias + 0x1000)..RunAddr(bias + 0x2000);

@@ -25,6 +25,17 @@ pub enum Proof {
     },
 }
 
+impl Proof {
+    /// The two addresses that it is of: a branch and its target, or the first and the last instruction.
+    #[must_use]
+    pub const fn ends(&self) -> (RunAddr, RunAddr) {
+        match self {
+            Self::Taken(branch) => (branch.from, branch.to),
+            Self::Straight { start, end } => (*start, *end),
+        }
+    }
+}
+
 /// Tells what a branch stack (newest first) proves about user code.
 pub fn proofs(stack: &[Branch], mut tell: impl FnMut(Proof)) {
     let mut newer: Option<&Branch> = None;

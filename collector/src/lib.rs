@@ -4,7 +4,8 @@
 //! - [`group`]: the processes that are one program (a postmaster and its backends);
 //! - [`elf`], [`maps`]: the modules of a process, their load bias and build-id, and from a run address to a link address;
 //! - [`mod@record`]: a recording, by the best sampler that works here, as a [`dyni_schema::Profile`];
-//! - [`perf`], [`ptrace_sampler`]: the samplers; [`records`], [`branch`], [`attribution`]: their pure halves;
+//! - [`perf`], [`ptrace_sampler`]: the samplers; [`records`], [`branch`], [`attribution`], [`tables`]: their pure halves;
+//! - [`perf_data`], [`perf_import`]: what `perf record` has written, as a profile;
 //! - [`mod@cpu_time`]: what a process has used;
 //! - [`host`]: what the host offers and how to change it, for `dyni doctor`.
 //!
@@ -20,9 +21,12 @@ pub mod host;
 pub mod interrupted;
 pub mod maps;
 pub mod perf;
+pub mod perf_data;
+pub mod perf_import;
 pub mod ptrace_sampler;
 pub mod record;
 pub mod records;
+pub mod tables;
 pub mod target;
 
 pub use cpu_time::{cpu_time, lives_are_brief};

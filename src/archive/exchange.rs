@@ -57,12 +57,16 @@ pub struct ExportArgs {
 /// `dyni archive import`
 #[derive(Debug, Args)]
 pub struct ImportArgs {
-    /// Files that `dyni archive export` has written, or fdata of BOLT; - for standard input; all are imported, or none
+    /// Files that `dyni archive export` has written, perf.data, or fdata of BOLT; - for standard input; all are imported, or none
     #[arg(value_name = "FILE", required = true)]
     pub files: Vec<PathBuf>,
-    /// The binary that a recording of another tool is of, where that tool's format does not say (may be given several times)
+    /// A binary that another tool has recorded, where it does not say which (fdata) or the file has moved (may be given several
+    /// times)
     #[arg(long, value_name = "FILE")]
     pub binary: Vec<PathBuf>,
+    /// The program to take from a recording of perf that is of several; by default the one with the most samples
+    #[arg(long, value_name = "PROGRAM")]
+    pub program: Option<String>,
     /// What to call profiles that are made of other tools' recordings
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub label: String,

@@ -3,6 +3,7 @@
 use std::io::BufRead;
 use std::path::Path;
 
+use dyni_collector::perf_data;
 use dyni_profiles::fdata::Fdata;
 use dyni_schema::Profile;
 use serde::Serialize;
@@ -17,10 +18,16 @@ use crate::output::{Paint, plural};
 pub enum Foreign {
     /// BOLT's profile in text.
     Fdata,
+    /// What `perf record` writes.
+    PerfData,
 }
 
 /// What a file is that begins so; `None` if it is none of other tools'.
 pub fn format_of(begins: &[u8]) -> Option<Foreign> {
+    // Those of another byte order are known, too, to be told from what is no recording at all.
+    if [perf_data::MAGIC, *b"2ELIFREP"].iter().any(|magic| begins.starts_with(magic)) {
+        return Some(Foreign::PerfData);
+    }
     Fdata::looks_like(begins).then_some(Foreign::Fdata)
 }
 
@@ -42,6 +49,8 @@ pub struct Recording {
     pub used: u64,
     /// What was not, and why.
     pub unused: Vec<Unused>,
+    /// What else is to be known, a line each.
+    pub notes: Vec<String>,
 }
 
 /// What a recording tells and a profile of a program does not.
@@ -80,6 +89,7 @@ impl Recording {
                 clean(&unused.reason)
             ));
         }
+        text.extend(self.notes.iter().map(|note| format!("  {}\n", clean(note))));
         text
     }
 }
@@ -97,5 +107,6 @@ pub fn read(
 ) -> Result<(Profile, Recording), Failure> {
     match format {
         Foreign::Fdata => fdata::import(file, from, args, what),
+        Foreign::PerfData => super::perf_data::read(file, from, args, what),
     }
 }

@@ -18,7 +18,7 @@ fn import_one(file: &Path, archive: &Path) -> Result<ImportOutcome, Failure> {
 }
 
 fn import_all(files: Vec<PathBuf>, archive: &Path) -> Result<ImportOutcome, Failure> {
-    import(&ImportArgs { files, binary: Vec::new(), label: String::new() }, archive)
+    import(&ImportArgs { files, binary: Vec::new(), program: None, label: String::new() }, archive)
 }
 
 fn to_file(file: &Path, selection: &Selection, archive: &Path) -> Result<ExportOutcome, Failure> {
