@@ -258,8 +258,9 @@ impl Import<'_> {
         path: &[u8],
         build_id: Option<BuildId>,
     ) -> Result<(), PerfDataError> {
-        // Memory without a file has names of perf's own or of the kernel's.
-        let is_file = path.starts_with(b"/")
+        // Memory without a file has names of perf's own or of the kernel's; the kernel's own modules have no process.
+        let is_file = pid >= 0
+            && path.starts_with(b"/")
             && ![&b"//"[..], b"/memfd:", b"/dev/zero", b"/SYSV"].iter().any(|p| path.starts_with(p));
         if !is_file {
             self.processes.entry(pid).or_default().map.remove(range);
