@@ -101,7 +101,7 @@ impl Subject {
             }
             // On a crowded machine it takes time until they are dead, and their shared memory is free.
             let deadline = Instant::now() + PATIENCE;
-            while family.iter().any(|&process| has_memory(process)) && Instant::now() < deadline {
+            while family.iter().any(|&process| is_alive(process)) && Instant::now() < deadline {
                 thread::sleep(Duration::from_millis(10));
             }
         }
@@ -112,9 +112,10 @@ impl Subject {
     }
 }
 
-/// Whether a process has not come so far in its end that it has given back its memory.
-fn has_memory(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/statm")).is_ok_and(|sizes| !sizes.starts_with("0 "))
+/// Whether a process is there and no zombie: one gives back its memory before it becomes that.
+fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 fn duration() -> Duration {
