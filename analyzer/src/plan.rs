@@ -10,11 +10,12 @@ use crate::image::Image;
 use crate::passes::infer::Evidence;
 use crate::passes::{self, FunctionLayout, Pass, PassSet, PassStats};
 use crate::refuse::{self, Runtime};
+use crate::stale;
 use crate::stats::{LayoutStats, Places};
 use crate::targets::TargetIndex;
 use crate::yardstick;
 use dyni_schema::{
-    BuildId, FunctionIndex, FunctionPlan, Invalid, LinkAddr, ModulePlan, ModuleProfile, Plan, PlanKind, Profile,
+    BuildId, FunctionIndex, FunctionPlan, Invalid, LinkAddr, ModulePlan, ModuleProfile, Plan, PlanKind, Profile, Shapes,
 };
 use rayon::prelude::*;
 
@@ -438,13 +439,16 @@ impl Seen {
 }
 
 /// Fills in [`ModuleProfile::functions`] for the modules that are given: every function in which a sample, a branch or
-/// the start of a straight-line range lies, with its hash.
+/// the start of a straight-line range that ran lies, with its hash; and [`ModuleProfile::shapes`]: the names of all of them, and what
+/// those that a plan would take look like inside.
 pub fn annotate(profile: &mut Profile, modules: &[Module<'_>]) {
+    let counted = profile.method == dyni_schema::Method::Count;
     for seen in &mut profile.modules {
         let Some(module) = modules.iter().find(|m| *m.image.build_id() == seen.build_id) else { continue };
-        let places = [&seen.samples.addr, &seen.branches.from, &seen.branches.to, &seen.ranges.start];
+        let ran = seen.ranges.start.iter().zip(&seen.ranges.count).filter(|r| *r.1 > 0).map(|r| r.0);
+        let places = [&seen.samples.addr, &seen.branches.from, &seen.branches.to];
         let mut hit: Vec<usize> = Vec::new();
-        for &at in places.into_iter().flatten() {
+        for &at in places.into_iter().flatten().chain(ran) {
             if let Some(index) = module.functions.index_at(LinkAddr(at)).filter(|i| hit.last() != Some(i)) {
                 hit.push(index);
             }
@@ -452,6 +456,11 @@ pub fn annotate(profile: &mut Profile, modules: &[Module<'_>]) {
         hit.sort_unstable();
         hit.dedup();
         let functions: Vec<&Function> = hit.iter().map(|&i| &module.functions.all()[i]).collect();
+        let coverage = Options::default().coverage_ppm;
+        let hot = Seen::of(module.functions, seen, counted).covering(coverage);
+        let hot: std::collections::BTreeSet<usize> = hot.into_iter().map(|f| f.0 as usize).collect();
+        let is_hot: Vec<bool> = hit.iter().map(|i| hot.contains(i)).collect();
+        seen.shapes = Shapes::pack(&stale::shapes(module, &functions, &is_hot));
         seen.functions = FunctionIndex {
             start: functions.iter().map(|f| f.start.0).collect(),
             size: functions.iter().map(|f| f.size).collect(),

@@ -6,7 +6,8 @@
 //! Of words and settings that differ the merge says nothing rather than something wrong: an empty label, a rate of 0.
 
 use dyni_schema::{
-    Branches, BuildId, FunctionHash, FunctionIndex, Host, Method, ModuleProfile, Profile, Ranges, Samples,
+    Branches, BuildId, FunctionHash, FunctionIndex, FunctionShape, Host, Method, ModuleProfile, Profile, Ranges,
+    Samples, Shapes,
 };
 use std::cmp::Ordering;
 
@@ -129,6 +130,7 @@ fn modules(a: &[ModuleProfile], b: &[ModuleProfile]) -> Vec<ModuleProfile> {
 }
 
 fn module(a: &ModuleProfile, b: &ModuleProfile) -> ModuleProfile {
+    let (functions, shapes) = functions(a, b);
     ModuleProfile {
         build_id: a.build_id.clone(),
         name: either(&a.name, &b.name),
@@ -136,7 +138,8 @@ fn module(a: &ModuleProfile, b: &ModuleProfile) -> ModuleProfile {
         samples: samples(&a.samples, &b.samples),
         branches: branches(&a.branches, &b.branches),
         ranges: ranges(&a.ranges, &b.ranges),
-        functions: functions(&a.functions, &b.functions),
+        functions,
+        shapes,
     }
 }
 
@@ -183,15 +186,21 @@ fn ranges(a: &Ranges, b: &Ranges) -> Ranges {
 
 /// The same build has the same functions; where two entries disagree one of them lies, and it does not matter which is
 /// kept as long as it is always the same one: the hash is checked against the binary anyway.
-fn functions(a: &FunctionIndex, b: &FunctionIndex) -> FunctionIndex {
-    fn rows(f: &FunctionIndex) -> impl Iterator<Item = (u64, (u32, FunctionHash))> {
-        f.start.iter().copied().zip(f.size.iter().copied().zip(f.hash.iter().copied()))
+/// A function that one of them has no shape of (it was not hot there) has the other's.
+fn functions(a: &ModuleProfile, b: &ModuleProfile) -> (FunctionIndex, Shapes) {
+    fn rows(m: &ModuleProfile) -> impl Iterator<Item = (u64, (u32, FunctionHash, FunctionShape))> {
+        let f = &m.functions;
+        let shapes = m.shapes.unpack().into_iter().chain(std::iter::repeat(FunctionShape::default()));
+        let values = f.size.iter().copied().zip(f.hash.iter().copied()).zip(shapes);
+        f.start.iter().copied().zip(values.map(|((size, hash), shape)| (size, hash, shape)))
     }
-    let mut out = FunctionIndex::default();
-    walk(rows(a), rows(b), Ord::max, |start, (size, hash)| {
+    let (mut out, mut shapes) = (FunctionIndex::default(), Vec::new());
+    walk(rows(a), rows(b), Ord::max, |start, (size, hash, shape)| {
         out.start.push(start);
         out.size.push(size);
         out.hash.push(hash);
+        shapes.push(shape);
     });
-    out
+    let known = !a.shapes.name.is_empty() || !b.shapes.name.is_empty();
+    (out, if known { Shapes::pack(&shapes) } else { Shapes::default() })
 }

@@ -2,7 +2,8 @@
 
 use dyni_profiles::{MergeError, merge};
 use dyni_schema::{
-    Branches, BuildId, FunctionHash, FunctionIndex, Host, Method, ModuleProfile, Profile, Ranges, Samples,
+    BlockShape, Branches, BuildId, FunctionHash, FunctionIndex, FunctionShape, Host, Method, ModuleProfile, Profile,
+    Ranges, Samples, Shapes,
 };
 use proptest::collection::btree_map;
 use proptest::prelude::*;
@@ -16,29 +17,43 @@ fn count() -> impl Strategy<Value = u64> {
 fn module() -> impl Strategy<Value = ModuleProfile> {
     let rows = btree_map(0..12u64, count(), 0..8);
     let pairs = || btree_map((0..5u64, 5..9u64), (count(), 0..100u64), 0..8);
-    let functions = btree_map(0..6u64, (1..3u32, 0..3u8), 0..4);
-    (0..2u8, rows, pairs(), pairs(), functions).prop_map(|(name, samples, branches, ranges, functions)| ModuleProfile {
-        build_id: BuildId::default(),
-        name: ["", "a", "b"][name as usize].into(),
-        path: format!("/{name}"),
-        samples: Samples { addr: samples.keys().copied().collect(), count: samples.into_values().collect() },
-        branches: Branches {
-            from: branches.keys().map(|k| k.0).collect(),
-            to: branches.keys().map(|k| k.1).collect(),
-            count: branches.values().map(|v| v.0).collect(),
-            mispredicted: branches.values().map(|v| v.1).collect(),
-        },
-        ranges: Ranges {
-            start: ranges.keys().map(|k| k.0).collect(),
-            end: ranges.keys().map(|k| k.1).collect(),
-            count: ranges.values().map(|v| v.0).collect(),
-        },
-        functions: FunctionIndex {
-            start: functions.keys().copied().collect(),
-            size: functions.values().map(|v| v.0).collect(),
-            hash: functions.values().map(|v| FunctionHash([v.1; 16])).collect(),
-        },
+    let functions = (btree_map(0..6u64, (1..3u32, 0..3u8, 0..3u8), 0..4), any::<bool>());
+    (0..2u8, rows, pairs(), pairs(), functions).prop_map(|(name, samples, branches, ranges, (functions, shaped))| {
+        ModuleProfile {
+            build_id: BuildId::default(),
+            name: ["", "a", "b"][name as usize].into(),
+            path: format!("/{name}"),
+            samples: Samples { addr: samples.keys().copied().collect(), count: samples.into_values().collect() },
+            branches: Branches {
+                from: branches.keys().map(|k| k.0).collect(),
+                to: branches.keys().map(|k| k.1).collect(),
+                count: branches.values().map(|v| v.0).collect(),
+                mispredicted: branches.values().map(|v| v.1).collect(),
+            },
+            ranges: Ranges {
+                start: ranges.keys().map(|k| k.0).collect(),
+                end: ranges.keys().map(|k| k.1).collect(),
+                count: ranges.values().map(|v| v.0).collect(),
+            },
+            functions: FunctionIndex {
+                start: functions.keys().copied().collect(),
+                size: functions.values().map(|v| v.0).collect(),
+                hash: functions.values().map(|v| FunctionHash([v.1; 16])).collect(),
+            },
+            // Where a function was not hot, its shape is not known.
+            shapes: if shaped {
+                Shapes::pack(&functions.values().map(|v| shape(v.2)).collect::<Vec<_>>())
+            } else {
+                Shapes::default()
+            },
+        }
     })
+}
+
+fn shape(hash: u8) -> FunctionShape {
+    let block = BlockShape { length: 1, hash, ..BlockShape::default() };
+    let blocks = if hash == 0 { vec![] } else { vec![block] };
+    FunctionShape { name: hash.into(), callees: vec![], blocks }
 }
 
 fn profile() -> impl Strategy<Value = Profile> {

@@ -29,6 +29,7 @@ mod id;
 pub use id::{BlobId, BlobPrefix, NotAnId};
 
 use crate::plan::v1::PlanV1;
+use crate::profile::v1::ProfileV1;
 use crate::{Invalid, Plan, Profile, WorkingSet};
 use rkyv::api::high::{HighDeserializer, HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
@@ -268,14 +269,18 @@ pub trait Record: Sized {
 
 impl Record for Profile {
     const KIND: Kind = Kind::Profile;
-    const VERSION: u16 = 1;
+    const VERSION: u16 = 2;
 
     fn to_payload(&self) -> Result<AlignedVec, SealError> {
         encode(self)
     }
 
     fn open_version(version: u16, payload: &AlignedVec) -> Result<Self, OpenError> {
-        decode_only_version(version, payload)
+        match version {
+            1 => decode::<ProfileV1, Self>(payload),
+            2 => decode::<Self, Self>(payload),
+            _ => Err(OpenError::NoSuchVersion { kind: Self::KIND, found: version }),
+        }
     }
 
     fn validate(&self) -> Result<(), Invalid> {

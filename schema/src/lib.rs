@@ -12,12 +12,14 @@ pub mod build_id;
 pub mod envelope;
 pub mod plan;
 pub mod profile;
+pub mod shapes;
 pub mod working_set;
 
 pub use addr::{CacheAddr, FileOffset, LinkAddr, RunAddr};
 pub use build_id::{BuildId, FunctionHash};
 pub use plan::{CallSite, FunctionPlan, ModulePlan, Plan, PlanKind};
 pub use profile::{Branches, FunctionIndex, Host, Method, ModuleProfile, Profile, Ranges, Samples};
+pub use shapes::{BlockShape, FunctionShape, Shapes};
 pub use working_set::{FileKey, FileSet, InodeKey, Recorder, Runs, Usefulness, WorkingSet};
 
 /// A record that breaks a rule its type states: which record, and which rule.

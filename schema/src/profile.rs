@@ -3,6 +3,9 @@
 //! A profile has no process, no time of day that matters and no run address in it: it fits every process of the same
 //! builds. Bulk data is a struct of arrays, sorted, so that two profiles merge by one walk.
 
+pub(crate) mod v1;
+
+use crate::shapes::Shapes;
 use crate::{BuildId, FunctionHash, Invalid, LinkAddr};
 use rkyv::{Archive, Deserialize, Serialize};
 
@@ -126,6 +129,8 @@ pub struct ModuleProfile {
     pub ranges: Ranges,
     /// The functions in which anything was seen; empty until the analyzer has filled it in.
     pub functions: FunctionIndex,
+    /// What these functions look like inside, so that what was seen can be found again in another build.
+    pub shapes: Shapes,
 }
 
 /// One recording of one program (a process group) or the merge of several.
@@ -221,7 +226,8 @@ impl ModuleProfile {
         )?;
         check(strictly_rising(f.start.iter()), "functions are not sorted", n)?;
         let mut ends = f.start.iter().zip(&f.size).map(|(&start, &size)| start.checked_add(u64::from(size)));
-        check(ends.all(|end| end.is_some()), "a function wraps around", n)
+        check(ends.all(|end| end.is_some()), "a function wraps around", n)?;
+        self.shapes.validate(&self.functions, n)
     }
 }
 

@@ -5,11 +5,12 @@
 
 mod common;
 
+use dyni_schema::Shapes;
 use dyni_schema::envelope::{self, BlobId, Record};
 use std::fmt::Debug;
 use std::path::PathBuf;
 
-/// What version 1 of a plan was: without what came later.
+/// What an older version was: without what came later.
 fn opens<T: Record + PartialEq + Debug>(file: &str, value: &T, id: &str) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
     let golden = std::fs::read(&path).expect("read golden blob");
@@ -33,8 +34,15 @@ fn check<T: Record + PartialEq + Debug>(file: &str, value: &T, id: &str) {
 
 #[test]
 fn profile_version_1() {
-    assert_eq!(<dyni_schema::Profile as Record>::VERSION, 1);
-    check("profile-v1.dyni", &common::golden_profile(), "f07119ec0c4e");
+    let mut profile = common::golden_profile();
+    profile.modules.iter_mut().for_each(|m| m.shapes = Shapes::default());
+    opens("profile-v1.dyni", &profile, "f07119ec0c4e");
+}
+
+#[test]
+fn profile_version_2() {
+    assert_eq!(<dyni_schema::Profile as Record>::VERSION, 2);
+    check("profile-v2.dyni", &common::golden_profile(), "b8ce81ceed58");
 }
 
 #[test]

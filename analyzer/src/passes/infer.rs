@@ -6,7 +6,7 @@
 //! edges. *Exact counts*: of some blocks; those that were not counted, and all edges, follow from conservation.
 
 use super::{FunctionLayout, Pass, PassStats};
-use crate::cfg::Terminator;
+use crate::cfg::{Cfg, Terminator};
 use crate::infer::{FlowEdge, FlowGraph, FlowNode, MAX_STRENGTH, Quality, infer, infer_within};
 use dyni_schema::{LinkAddr, Method, ModuleProfile};
 
@@ -178,9 +178,8 @@ pub fn cost(layout: &FunctionLayout, block: usize) -> u32 {
     layout.info[block].instructions.max(MIN_COST)
 }
 
-/// The graph without evidence: where it is entered and left.
-fn bare_graph(layout: &FunctionLayout) -> FlowGraph {
-    let cfg = &layout.cfg;
+/// By block: whether it may be entered from outside the function, and whether execution may leave the function from it.
+pub(crate) fn may_enter_or_leave(cfg: &Cfg) -> Vec<(bool, bool)> {
     let inside = |at: LinkAddr| cfg.block_at(at).is_some();
     // A block that only known jump tables lead to is not entered from outside, unless unknown jumps are about.
     let unknown = cfg.blocks.iter().any(|b| b.terminator == Terminator::Indirect { table: None });
@@ -188,21 +187,22 @@ fn bare_graph(layout: &FunctionLayout) -> FlowGraph {
     for b in cfg.blocks.iter().filter(|b| matches!(b.terminator, Terminator::Indirect { .. })) {
         b.successors.iter().for_each(|&to| in_table[to as usize] = true);
     }
-    let nodes = cfg.blocks.iter().enumerate().map(|(i, b)| {
+    let ends = cfg.blocks.iter().enumerate().map(|(i, b)| {
         let leaves = match b.terminator {
             Terminator::Stop | Terminator::Indirect { table: None } => true,
             Terminator::Jump { target } => !inside(target),
             Terminator::Conditional { taken } => !inside(taken) || !inside(b.end),
             Terminator::FallThrough | Terminator::Indirect { table: Some(_) } => false,
         };
-        FlowNode {
-            weight: None,
-            strength: 1,
-            enters: i == 0 || (b.address_taken && (unknown || !in_table[i])),
-            leaves: leaves || b.successors.is_empty(),
-            entered: None,
-        }
+        (i == 0 || (b.address_taken && (unknown || !in_table[i])), leaves || b.successors.is_empty())
     });
+    ends.collect()
+}
+
+/// The graph without evidence: where it is entered and left.
+fn bare_graph(layout: &FunctionLayout) -> FlowGraph {
+    let node = |(enters, leaves)| FlowNode { weight: None, strength: 1, enters, leaves, entered: None };
+    let nodes = may_enter_or_leave(&layout.cfg).into_iter().map(node);
     let edge = |e: &super::Edge| FlowEdge { from: e.from, to: e.to, weight: None, fall_through: e.fall_through };
     FlowGraph { nodes: nodes.collect(), edges: layout.edges.iter().map(edge).collect(), doubt: 0 }
 }

@@ -4,8 +4,9 @@
 
 use dyni_schema::envelope::{HEADER_LEN, Kind, MAGIC};
 use dyni_schema::{
-    Branches, BuildId, CallSite, FileKey, FileSet, FunctionHash, FunctionIndex, FunctionPlan, Host, InodeKey, Method,
-    ModulePlan, ModuleProfile, Plan, PlanKind, Profile, Ranges, Recorder, Runs, Samples, Usefulness, WorkingSet,
+    BlockShape, Branches, BuildId, CallSite, FileKey, FileSet, FunctionHash, FunctionIndex, FunctionPlan,
+    FunctionShape, Host, InodeKey, Method, ModulePlan, ModuleProfile, Plan, PlanKind, Profile, Ranges, Recorder, Runs,
+    Samples, Shapes, Usefulness, WorkingSet,
 };
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::prelude::*;
@@ -51,11 +52,34 @@ fn ranges() -> impl Strategy<Value = Ranges> {
     })
 }
 
-fn functions() -> impl Strategy<Value = FunctionIndex> {
-    btree_map(0..u64::MAX / 2, (any::<u32>(), hash()), 0..10).prop_map(|m| FunctionIndex {
-        start: m.keys().copied().collect(),
-        size: m.values().map(|v| v.0).collect(),
-        hash: m.into_values().map(|v| v.1).collect(),
+fn block_shape() -> impl Strategy<Value = BlockShape> {
+    (0..4u16, 1..300u16, any::<[u8; 2]>(), any::<bool>()).prop_map(|(skipped, length, h, falls)| BlockShape {
+        skipped,
+        length,
+        hash: h[0],
+        ends: h[1] & !BlockShape::RUNS_ON,
+        successors: if falls { vec![0] } else { vec![] },
+    })
+}
+
+fn function_shape() -> impl Strategy<Value = FunctionShape> {
+    (number(), vec(any::<u16>(), 0..4), vec(block_shape(), 0..6)).prop_map(|(name, callees, blocks)| FunctionShape {
+        name,
+        callees,
+        blocks,
+    })
+}
+
+fn functions() -> impl Strategy<Value = (FunctionIndex, Shapes)> {
+    let function = (4096..=u32::MAX, hash(), function_shape());
+    (btree_map(0..u64::MAX / 2, function, 0..10), any::<bool>()).prop_map(|(m, shaped)| {
+        let index = FunctionIndex {
+            start: m.keys().copied().collect(),
+            size: m.values().map(|v| v.0).collect(),
+            hash: m.values().map(|v| v.1).collect(),
+        };
+        let shapes = if shaped { Shapes::pack(m.values().map(|v| &v.2)) } else { Shapes::default() };
+        (index, shapes)
     })
 }
 
@@ -63,7 +87,7 @@ fn modules() -> impl Strategy<Value = Vec<ModuleProfile>> {
     let module = (".{0,20}", ".{0,40}", samples(), branches(), ranges(), functions());
     btree_map(build_id(), module, 0..4).prop_map(|m| {
         m.into_iter()
-            .map(|(build_id, (name, path, samples, branches, ranges, functions))| ModuleProfile {
+            .map(|(build_id, (name, path, samples, branches, ranges, (functions, shapes)))| ModuleProfile {
                 build_id,
                 name,
                 path,
@@ -71,6 +95,7 @@ fn modules() -> impl Strategy<Value = Vec<ModuleProfile>> {
                 branches,
                 ranges,
                 functions,
+                shapes,
             })
             .collect()
     })
@@ -171,6 +196,13 @@ pub fn forge(kind: Kind, version: u16, payload: &[u8]) -> Vec<u8> {
 
 /// A profile with something in every field; the value of the golden blob, so it never changes.
 pub fn golden_profile() -> Profile {
+    let block = |skipped, length, successors: &[i16]| BlockShape {
+        skipped,
+        length,
+        hash: 0xe5,
+        ends: BlockShape::LEFT | if length > 0x10 { BlockShape::RUNS_ON } else { 1 << 3 },
+        successors: successors.to_vec(),
+    };
     let module = |id: &[u8], name: &str, base: u64| ModuleProfile {
         build_id: BuildId(id.to_vec()),
         name: name.into(),
@@ -188,6 +220,14 @@ pub fn golden_profile() -> Profile {
             size: vec![0x3b, 0x20],
             hash: vec![FunctionHash([0x11; 16]), FunctionHash([0xee; 16])],
         },
+        shapes: Shapes::pack(&[
+            FunctionShape {
+                name: 0x1234_5678_9abc_def0,
+                callees: vec![7, u16::MAX],
+                blocks: vec![block(0, 0x10, &[2, 1]), block(3, 0x20, &[]), block(0, 8, &[-1])],
+            },
+            FunctionShape::default(),
+        ]),
     };
     Profile {
         program: "postgres".into(),
