@@ -1,18 +1,20 @@
 //! `dyni analyze`: a plan from a profile.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use dyni_analyzer::passes::PassSet;
 use dyni_analyzer::plan::{self, Analysis, Module, ModuleReport, Options};
 use dyni_analyzer::stats::{BeforeAfter, LayoutStats};
 use dyni_schema::Profile;
-use dyni_schema::envelope::{BlobId, seal};
+use dyni_schema::envelope::{BlobId, BlobPrefix, seal};
 use serde::Serialize;
 
 use crate::cli::AnalyzeArgs;
 use crate::errors::Failure;
 use crate::modules::{self, Binary};
 use crate::output::{Align, Output, Paint, Report, Table, thousands};
+use crate::rebuilt::{self, Matched};
 use crate::store::{Store, StoredPlan};
 use crate::targets::Refused;
 
@@ -36,6 +38,8 @@ pub struct AnalyzeReport {
     refused: Vec<RefusedFunction>,
     /// Modules of the profile whose files were not found.
     missing: Vec<String>,
+    /// With `--binary`: how much of a profile of another build could be carried over.
+    matched: Option<Matched>,
     #[serde(skip)]
     table: String,
     #[serde(skip)]
@@ -98,23 +102,45 @@ pub struct Analyzed {
 /// There is no such profile, pass or function, none of the binaries is here, or the archive can't be written.
 pub fn run(args: &AnalyzeArgs, store: &Store, out: Output) -> Result<(), Failure> {
     let passes = passes(args.passes.as_deref())?;
-    let (id, profile) = store.profile(args.profile.as_deref())?;
+    let (id, mut profile) = store.profile(args.profile.as_deref())?;
+    let rebuilt = args.binary.as_deref().map(|path| for_build(&mut profile, path)).transpose()?;
     // The process that was recorded may still run, in a container whose paths mean nothing here.
     let binaries = {
         let _progress = out.progress("reading the binaries");
-        modules::of_profile(&profile, &modules::running(&profile))
+        let mut found = modules::of_profile(&profile, &modules::running(&profile));
+        if let Some((binary, _)) = &rebuilt {
+            found.retain(|b| b.image.build_id() != binary.image.build_id());
+        }
+        found
+    };
+    let (binaries, matched) = match rebuilt {
+        Some((binary, matched)) => (std::iter::once(binary).chain(binaries).collect(), matched),
+        None => (binaries, None),
     };
     if let Some(what) = &args.explain {
         return explain(&profile, &binaries, passes, what, out);
     }
-    let analyzed = analyze(&profile, &binaries, passes, UNWIND_REGISTERED, out)?;
+    // Whoever looks for what the plan was made from finds what was recorded.
+    let recorded = id.parse::<BlobPrefix>().map_err(|e| Failure::failed("name the profile", e))?.range().0;
+    let analyzed = analyze_as(&profile, recorded, &binaries, passes, UNWIND_REGISTERED, out)?;
     if !analyzed.stored.plan.modules.is_empty() {
         store.keep_plan(&analyzed.stored)?;
     }
     let mut report = AnalyzeReport::new(&analyzed, &binaries, id);
     report.verbose = out.verbose() > 0;
+    report.matched = matched;
     out.report(&report);
     Ok(())
+}
+
+/// Carries a profile over to the build at `path`; how much of it matched, if it was taken of another one.
+fn for_build(profile: &mut Profile, path: &Path) -> Result<(Binary, Option<Matched>), Failure> {
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    let binary = Binary::read(path, &name)?;
+    let fitting = rebuilt::fit(profile, &binary, path)?;
+    let matched = fitting.matched();
+    *profile = fitting.profile;
+    Ok((binary, matched))
 }
 
 /// The passes that a list names, by default all.
@@ -136,10 +162,22 @@ pub fn analyze(
     unwind_registered: bool,
     out: Output,
 ) -> Result<Analyzed, Failure> {
+    let sealed = seal(profile).map_err(|e| Failure::failed("analyze the profile", e))?;
+    analyze_as(profile, BlobId::of(&sealed), binaries, passes, unwind_registered, out)
+}
+
+/// The same where what was recorded has another id: it was carried over from another build.
+fn analyze_as(
+    profile: &Profile,
+    recorded: BlobId,
+    binaries: &[Binary],
+    passes: PassSet,
+    unwind_registered: bool,
+    out: Output,
+) -> Result<Analyzed, Failure> {
     let _progress = out.progress("deciding a layout");
     let cant = |e: &dyn std::fmt::Display| Failure::failed("analyze the profile", e);
-    let sealed = seal(profile).map_err(|e| cant(&e))?;
-    let options = Options { passes, unwind_registered, profile_hash: BlobId::of(&sealed).0, ..Options::default() };
+    let options = Options { passes, unwind_registered, profile_hash: recorded.0, ..Options::default() };
     let modules: Vec<Module<'_>> = binaries.iter().map(Binary::module).collect();
     let analysis = plan::analyze(profile, &modules, &options).map_err(|e| {
         cant(&e).help("analyze on the host that it was recorded on, with the program still installed or running")
@@ -256,6 +294,7 @@ impl AnalyzeReport {
             modules: modules_json,
             refused: functions,
             missing: missing.iter().chain(minor).cloned().collect(),
+            matched: None,
             table: BeforeAfter { before: &before, after: &after }.to_string(),
             verbose: false,
         }
@@ -265,6 +304,9 @@ impl AnalyzeReport {
 impl Report for AnalyzeReport {
     fn text(&self, paint: Paint) -> String {
         let mut text = format!("{}: {} functions\n", paint.bold(&self.program), thousands(self.functions as u64));
+        if let Some(matched) = &self.matched {
+            text.push_str(&format!("  {}\n", matched.text()));
+        }
         let mut table = Table::new(&[
             ("module", Align::Left),
             ("functions", Align::Right),

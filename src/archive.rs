@@ -10,6 +10,7 @@ mod perf_data;
 mod show;
 mod working_set;
 
+pub use exchange::failure as bundle_failure;
 pub use working_set::WorkingSetReport;
 
 use std::path::Path;

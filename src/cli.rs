@@ -117,6 +117,8 @@ pub enum Command {
     Drift(DriftArgs),
     /// Show what this host, a process or a file allows, what not, and why
     Doctor(DoctorArgs),
+    /// Check a binary that need not run with a profile: does this build keep its layout? For CI
+    Check(crate::check::CheckArgs),
     /// List, show, share and throw away the profiles and plans that are kept
     Archive(crate::archive::ArchiveArgs),
     /// Read the daemon's configuration and say what it means
@@ -186,6 +188,10 @@ pub struct AnalyzeArgs {
     /// Say what was decided about this function (a name or an address), and why
     #[arg(long, value_name = "FUNCTION")]
     pub explain: Option<String>,
+    /// Make the plan for this file, which may be another build of a module of the profile: what was recorded is carried over,
+    /// as far as it matches
+    #[arg(long, value_name = "FILE")]
+    pub binary: Option<PathBuf>,
 }
 
 /// `dyni apply`

@@ -35,6 +35,8 @@ pub struct Failure {
     what: String,
     why: String,
     help: Option<String>,
+    /// The result that was printed says it already.
+    reported: bool,
 }
 
 /// `{"error": …}` as printed by every command with `--json`.
@@ -52,7 +54,7 @@ struct ErrorBody<'a> {
 
 impl Failure {
     fn new(status: Status, what: impl Into<String>, why: impl fmt::Display) -> Self {
-        Self { status, what: what.into(), why: why.to_string(), help: None }
+        Self { status, what: what.into(), why: why.to_string(), help: None, reported: false }
     }
 
     /// Exit status 1: `what` was to be done and did not work because of `why`.
@@ -74,6 +76,13 @@ impl Failure {
     #[must_use]
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
+        self
+    }
+
+    /// The command has printed its result, which says so too: no second document follows on stdout.
+    #[must_use]
+    pub fn reported(mut self) -> Self {
+        self.reported = true;
         self
     }
 
@@ -100,7 +109,7 @@ impl Failure {
         if let Some(help) = &self.help {
             let _ = writeln!(err, "  help: {help}");
         }
-        if json {
+        if json && !self.reported {
             let _ = writeln!(io::stdout().lock(), "{}", self.json());
         }
     }

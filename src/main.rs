@@ -7,6 +7,7 @@
 mod analyze;
 mod apply;
 mod archive;
+mod check;
 mod cli;
 mod config;
 mod count;
@@ -28,6 +29,7 @@ mod optimize;
 mod output;
 mod pays;
 mod perf_map;
+mod rebuilt;
 mod record;
 mod status;
 mod store;
@@ -126,6 +128,7 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Drift(args) => drift::run(&args, out),
         Command::Symbols(args) => symbols::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
+        Command::Check(args) => check::run(&args, out),
         Command::Archive(args) => archive::run(&args, &store.path()?, out),
         Command::Config(args) => match args.verb {
             cli::ConfigVerb::Check => config::check::run(config, out),
@@ -152,6 +155,7 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Apply(_)
         | Command::Optimize(_)
         | Command::Exec(_)
+        | Command::Check(_)
         | Command::Undo(_)
         | Command::Symbols(_)
         | Command::Daemon(_)

@@ -91,6 +91,23 @@ impl Incoming {
         added.map_err(|e| BundleError::Spool(e.to_string()))?;
         Ok(BlobId::of(&sealed))
     }
+
+    /// Calls `each` with every profile that has come and its id, in the bundles' order.
+    ///
+    /// # Errors
+    /// [`BundleError::Spool`] if what was put aside can't be read again.
+    pub fn each_profile(&self, mut each: impl FnMut(BlobId, Profile)) -> std::result::Result<(), BundleError> {
+        let spooled = |e: rusqlite::Error| BundleError::Spool(e.to_string());
+        let mut records = self.spool.prepare("SELECT bytes FROM records ORDER BY seq").map_err(spooled)?;
+        let mut rows = records.query([]).map_err(spooled)?;
+        while let Some(row) = rows.next().map_err(spooled)? {
+            let sealed = raw(row, 0).map_err(spooled)?;
+            if envelope::header(sealed).is_ok_and(|h| h.kind == Kind::Profile) {
+                each(BlobId::of(sealed), open(sealed)?);
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Archive {

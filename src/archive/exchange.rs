@@ -230,7 +230,8 @@ pub fn import(args: &ImportArgs, archive: &Path) -> Result<ImportOutcome, Failur
     Ok(ImportOutcome::new(archive, &report, recordings))
 }
 
-pub(super) fn failure(what: &str, e: BundleError) -> Failure {
+/// What the command says of a bundle that could not be used.
+pub fn failure(what: &str, e: BundleError) -> Failure {
     let failure = match e.category() {
         Category::Failed => Failure::failed(what, &e),
         Category::Usage => Failure::usage(what, &e),

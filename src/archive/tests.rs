@@ -33,7 +33,7 @@ fn profile(functions: bool) -> Profile {
             path: "/usr/bin/postgres".into(),
             samples: Samples { addr: vec![0x1004, 0x10ff, 0x1100, 0x2000], count: vec![20, 30, 10, 1000] },
             functions: if functions { index } else { FunctionIndex::default() },
-            ..ModuleProfile::default()..ModuleProfile::default()
+            ..ModuleProfile::default()
         }],
     }
 }
