@@ -119,6 +119,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Check a binary that need not run with a profile: does this build keep its layout? For CI
     Check(crate::check::CheckArgs),
+    /// Compare plans
+    Plan(PlanArgs),
     /// List, show, share and throw away the profiles and plans that are kept
     Archive(crate::archive::ArchiveArgs),
     /// Read the daemon's configuration and say what it means
@@ -406,6 +408,28 @@ pub struct LimitArgs {
     /// The log file [default: /var/log/dyni.log for root, otherwise $XDG_STATE_HOME/dyni.log]
     #[arg(long, value_name = "PATH")]
     pub log: Option<PathBuf>,
+}
+
+/// `dyni plan`
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// What to do with plans.
+    #[command(subcommand)]
+    pub verb: PlanVerb,
+}
+
+/// The subcommands of `dyni plan`.
+#[derive(Debug, Subcommand)]
+pub enum PlanVerb {
+    /// Say what two plans decide otherwise, and why
+    Diff {
+        /// The first plan: an id or its beginning, as `dyni archive ls` prints it
+        #[arg(value_name = "A")]
+        a: String,
+        /// The second
+        #[arg(value_name = "B")]
+        b: String,
+    },
 }
 
 /// `dyni man`

@@ -29,6 +29,7 @@ mod optimize;
 mod output;
 mod pays;
 mod perf_map;
+mod plan_diff;
 mod rebuilt;
 mod record;
 mod status;
@@ -129,6 +130,9 @@ fn run(cli: Cli, out: Output) -> Result<(), Failure> {
         Command::Symbols(args) => symbols::run(&args, out),
         Command::Doctor(args) => doctor::run(&args, out),
         Command::Check(args) => check::run(&args, out),
+        Command::Plan(args) => match args.verb {
+            cli::PlanVerb::Diff { a, b } => plan_diff::run(&a, &b, &store, out),
+        },
         Command::Archive(args) => archive::run(&args, &store.path()?, out),
         Command::Config(args) => match args.verb {
             cli::ConfigVerb::Check => config::check::run(config, out),
@@ -145,6 +149,7 @@ const fn only_prints(command: &Command) -> bool {
         | Command::Status(_)
         | Command::Drift(_)
         | Command::Doctor(_)
+        | Command::Plan(_)
         | Command::Archive(_)
         | Command::Config(_)
         | Command::Man(_)

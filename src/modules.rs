@@ -72,7 +72,8 @@ pub fn of_profile(profile: &Profile, targets: &[Target]) -> Vec<Binary> {
         .collect()
 }
 
-fn of_build(path: &Path, name: &str, build_id: &BuildId) -> Option<Binary> {
+/// The file at a path that a profile names, if it is this very build.
+pub fn of_build(path: &Path, name: &str, build_id: &BuildId) -> Option<Binary> {
     // A path in a profile is anybody's word: nothing but a plain file is opened, and only the right build is used.
     let is_file = std::fs::metadata(path).is_ok_and(|m| m.is_file());
     let image = is_file.then(|| std::fs::read(path).ok()).flatten().and_then(|b| Image::parse(b, name).ok())?;

@@ -132,6 +132,24 @@ impl Store {
         Ok(StoredPlan { id: id.hex(), plan })
     }
 
+    /// The plan that these digits name.
+    ///
+    /// # Errors
+    /// There is none or more than one, or the archive can't be read.
+    pub fn plan_named(&self, digits: &str) -> Result<StoredPlan, Failure> {
+        let prefix = digits.parse::<BlobPrefix>().map_err(ArchiveError::from)?;
+        let (id, plan) = self.read()?.plan(&prefix)?;
+        Ok(StoredPlan { id: id.hex(), plan })
+    }
+
+    /// The profile with exactly this id.
+    ///
+    /// # Errors
+    /// There is none, or the archive can't be read.
+    pub fn profile_of(&self, id: BlobId) -> Result<Profile, Failure> {
+        Ok(self.read()?.profile(&id.into())?.1)
+    }
+
     /// The plan with this id, by default the newest one that was made for what `target` runs.
     ///
     /// # Errors

@@ -208,3 +208,45 @@ fn a_plan_for_a_build_that_nothing_was_recorded_of() {
     let tally = victim.finish();
     assert_eq!(tally, common::process::verify(&exe, tally.rounds));
 }
+
+#[test]
+fn what_two_plans_decide_otherwise_is_told_with_the_reason() {
+    let repository = match Repository::new() {
+        Ok(repository) => repository,
+        Err(reason) => skip!("{reason}"),
+    };
+    let d = &repository.dyni;
+    let plan = |more: &[&str]| {
+        let out = d.run(&[&["analyze", "--json"], more].concat());
+        out.expect_done();
+        out.json()["plan"].as_str().expect("there is a plan").to_owned()
+    };
+    let diff = |a: &str, b: &str| {
+        let out = d.run(&["plan", "diff", a, b, "--json"]);
+        out.expect_done();
+        out.json()["modules"][0].clone()
+    };
+    let (best, plain) = (plan(&[]), plan(&["--passes", "infer"]));
+    let same = diff(&best, &best);
+    assert!(same["changed"].as_array().is_some_and(Vec::is_empty), "{same}");
+    assert!(same["same"].as_u64().is_some_and(|n| n >= 4), "{same}");
+    // Without a pass that tells them apart every block is hot.
+    let passes = diff(&plain, &best);
+    let changed = passes["changed"].as_array().expect("a list");
+    assert!(changed.iter().any(|c| c["why"] == "other passes ran"), "{passes}");
+
+    // Another build, of which the profile has been carried over: all of it was edited.
+    let app = repository.app.display().to_string();
+    repository.build(&REGRESSED).expect("the compiler is there");
+    let rebuilt = plan(&["--binary", &app]);
+    let builds = diff(&best, &rebuilt);
+    assert_ne!(builds["build_id_a"], builds["build_id_b"]);
+    let changed = builds["changed"].as_array().expect("a list");
+    assert!(changed.len() >= 4 && changed.iter().all(|c| c["edited"] == true), "{builds}");
+    let text = d.run(&["plan", "diff", &best[..12], &rebuilt[..12]]);
+    text.expect_done();
+    assert!(text.stdout.contains("its code was edited"), "{text:#?}");
+    println!("{}", text.stdout);
+    d.run(&["plan", "diff", &best, "0000000"]).expect_clear_error(&[1, 2], &["0000000"]);
+    d.run(&["plan", "diff", "zz", "yy"]).expect(&[2]);
+}
