@@ -1,8 +1,8 @@
 //! Stale profiles: what was seen in one build of a module, carried over to another build of it.
 //!
 //! After Ayupov, Panchenko and Pupyrev, "Stale Profile Matching" (CC 2024), and BOLT's `--infer-stale-profile`: functions are
-//! found again ([`functions`]) by the hash of their code, by name, by who calls them, by their neighbours; in functions that
-//! were edited blocks are found again ([`blocks`]); counts move with them ([`transfer`]), and those of blocks that are new
+//! found again (`functions.rs`) by the hash of their code, by name, by who calls them, by their neighbours; in functions that
+//! were edited blocks are found again (`blocks.rs`); counts move with them (`transfer.rs`), and those of blocks that are new
 //! follow by profile inference, as for any profile with gaps ([`crate::passes::infer`]). What it takes is in the profile: the
 //! old build's file is not needed.
 //!

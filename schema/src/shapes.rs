@@ -103,7 +103,7 @@ impl Shapes {
         packed
     }
 
-    /// One shape for each function, in order. What [`Shapes::validate`] would not let pass is cut short.
+    /// One shape for each function, in order. What a checked profile never has is cut short.
     #[must_use]
     pub fn unpack(&self) -> Vec<FunctionShape> {
         let mut callee = self.callee.iter();
