@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// The version of plans that is written.
 const PLAN: u16 = <Plan as Record>::VERSION;
+/// The same of profiles.
+const PROFILE: u16 = <Profile as Record>::VERSION;
 
 fn sealed_profile() -> Vec<u8> {
     envelope::seal(&golden_profile()).expect("seal")
@@ -55,8 +57,8 @@ fn another_kind_version_or_file() {
     let plan = envelope::seal(&golden_plan()).expect("seal");
     assert_eq!(refusal(&plan), OpenError::WrongKind { found: Kind::Plan, wanted: Kind::Profile });
     assert_eq!(refusal(&plan).to_string(), "this is a plan, where a profile is needed");
-    let newer = refusal(&forge(Kind::Profile, 2, &payload));
-    assert_eq!(newer, OpenError::NewerVersion { kind: Kind::Profile, found: 2, newest: 1 });
+    let newer = refusal(&forge(Kind::Profile, PROFILE + 1, &payload));
+    assert_eq!(newer, OpenError::NewerVersion { kind: Kind::Profile, found: PROFILE + 1, newest: PROFILE });
     assert!(newer.to_string().ends_with("update dyni"), "{newer}");
     let never = refusal(&forge(Kind::Profile, 0, &payload));
     assert_eq!(never, OpenError::NoSuchVersion { kind: Kind::Profile, found: 0 });
@@ -88,11 +90,11 @@ fn sizes_that_lie() {
     let frame = zstd::bulk::compress(&payload, 3).expect("compress");
     let real = payload.len() as u64;
     for declared in [0, 1, real - 1, real + 1, 2 * real, Kind::Profile.max_payload()] {
-        let e = refusal(&forge_parts(Kind::Profile.code(), 1, declared, &payload, &frame));
+        let e = refusal(&forge_parts(Kind::Profile.code(), PROFILE, declared, &payload, &frame));
         assert_eq!(e, OpenError::SizeMismatch { kind: Kind::Profile, declared });
     }
     for size in [Kind::Profile.max_payload() + 1, u64::MAX] {
-        let e = refusal(&forge_parts(Kind::Profile.code(), 1, size, &payload, &frame));
+        let e = refusal(&forge_parts(Kind::Profile.code(), PROFILE, size, &payload, &frame));
         assert_eq!(e, OpenError::TooLarge { kind: Kind::Profile, size, limit: 256 << 20 });
     }
 }
@@ -109,13 +111,13 @@ fn a_bomb_is_not_inflated() {
     }
     let began = Instant::now();
     for declared in [0, 4096, 1 << 20] {
-        let bytes = forge_parts(Kind::Profile.code(), 1, declared, &[], &bomb);
+        let bytes = forge_parts(Kind::Profile.code(), PROFILE, declared, &[], &bomb);
         assert_eq!(refusal(&bytes), OpenError::SizeMismatch { kind: Kind::Profile, declared });
     }
     assert!(began.elapsed() < Duration::from_secs(2), "it was inflated: {:?}", began.elapsed());
     // A frame that asks for 2 GB of history.
     let greedy = [&[0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xa8][..], &bomb[6..]].concat();
-    let e = refusal(&forge_parts(Kind::Profile.code(), 1, 4096, &[], &greedy));
+    let e = refusal(&forge_parts(Kind::Profile.code(), PROFILE, 4096, &[], &greedy));
     assert!(matches!(&e, OpenError::Malformed { .. }), "{e}");
 }
 
@@ -123,13 +125,13 @@ fn a_bomb_is_not_inflated() {
 fn right_bytes_of_a_record_that_breaks_its_rules() {
     let mut profile = golden_profile();
     profile.modules[0].samples.addr.reverse();
-    let e = refusal(&forge(Kind::Profile, 1, &envelope::encode(&profile).expect("encode")));
+    let e = refusal(&forge(Kind::Profile, PROFILE, &envelope::encode(&profile).expect("encode")));
     assert_eq!(e.to_string(), "this profile breaks a rule and is not used: libc.so.6: samples are not sorted");
     assert!(matches!(envelope::seal(&profile), Err(envelope::SealError::Broken { .. })));
 
     let mut profile = golden_profile();
     profile.modules[0].name = "\x1b[2J".repeat(1 << 20);
-    let e = refusal(&forge(Kind::Profile, 1, &envelope::encode(&profile).expect("encode")));
+    let e = refusal(&forge(Kind::Profile, PROFILE, &envelope::encode(&profile).expect("encode")));
     assert!(e.to_string().len() < 1000 && !e.to_string().contains('\x1b'), "{e}");
 
     let mut plan = golden_plan();
@@ -141,11 +143,11 @@ fn right_bytes_of_a_record_that_breaks_its_rules() {
 #[test]
 fn payloads_that_are_no_records() {
     for payload in [&[][..], &[0; 3], &[0; 64], &[0xff; 4096]] {
-        let e = refusal(&forge(Kind::Profile, 1, payload));
+        let e = refusal(&forge(Kind::Profile, PROFILE, payload));
         assert!(matches!(&e, OpenError::Malformed { .. } | OpenError::Broken { .. }), "{e}");
     }
     // A plan's payload in a profile's envelope.
-    let e = refusal(&forge(Kind::Profile, 1, &envelope::encode(&golden_plan()).expect("encode")));
+    let e = refusal(&forge(Kind::Profile, PROFILE, &envelope::encode(&golden_plan()).expect("encode")));
     assert!(matches!(&e, OpenError::Malformed { .. } | OpenError::Broken { .. }), "{e}");
 }
 
@@ -170,7 +172,7 @@ proptest! {
             let at = at.index(payload.len());
             payload[at] = byte;
         }
-        if let Ok(value) = envelope::open::<Profile>(&forge(Kind::Profile, 1, &payload)) {
+        if let Ok(value) = envelope::open::<Profile>(&forge(Kind::Profile, PROFILE, &payload)) {
             prop_assert!(value.validate().is_ok());
         }
     }
