@@ -390,7 +390,7 @@ impl Seen {
     fn add_counted(&mut self, functions: &Functions, profile: &ModuleProfile) {
         let r = &profile.ranges;
         for ((&start, &end), &count) in r.start.iter().zip(&r.end).zip(&r.count) {
-            self.add(functions, LinkAddr(start), count.saturating_mul(end - start + 1));
+            self.add(functions, LinkAddr(start), count.saturating_mul((end - start).saturating_add(1)));
         }
         let bytes = u128::from(self.total);
         let samples = u128::from(profile.samples.total().max(1));
