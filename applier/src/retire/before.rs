@@ -14,6 +14,7 @@ use crate::failpoint;
 use crate::install::STOP_PATIENCE;
 use crate::remote::{Caller, Memory, Stopped};
 use crate::room;
+use std::time::Duration;
 
 /// So much is looked through in a stop without further ado, bytes.
 const AT_ONCE: u64 = 16 << 20;
@@ -42,6 +43,8 @@ pub(super) struct Seen {
     pub lowest: u64,
     /// What the C library's mangled words in it were undone with.
     pub guards: Vec<u64>,
+    /// How long all threads were stopped to learn that.
+    pub stop: Duration,
 }
 
 /// Looks through the process while it runs; `Err` if there is no point in a stop.
@@ -100,8 +103,8 @@ fn watched(
 ) -> Result<Option<Seen>, ApplyError> {
     let room = room::find(pid, memory)?;
     let Some(mut watch) = Watch::begin(pid, &Caller::new(pid, memory, room.at))? else { return Ok(None) };
-    let guards = match Stopped::all(pid, STOP_PATIENCE) {
-        Ok(stopped) => look::guards(&stopped, memory),
+    let (guards, stop) = match Stopped::all(pid, STOP_PATIENCE) {
+        Ok(stopped) => (look::guards(&stopped, memory), stopped.resume()),
         Err(e) if e.is_passing() => return Ok(None),
         Err(e) => return Err(e.into()),
     };
@@ -131,5 +134,5 @@ fn watched(
     }
     failpoint::pass("free:looked", pid);
     let (found, lowest) = look.so_far();
-    Ok(Some(Seen { watch, found, lowest, guards }))
+    Ok(Some(Seen { watch, found, lowest, guards, stop }))
 }

@@ -208,19 +208,20 @@ fn prove(
         Ok(before) => before,
         Err(kept) => return Ok((all_for(kept), Duration::ZERO)),
     };
+    let stopped_before = before.seen.as_ref().map_or(Duration::ZERO, |seen| seen.stop);
     if before.found.iter().all(Option::is_some) {
-        return Ok((before.found, Duration::ZERO));
+        return Ok((before.found, stopped_before));
     }
     let mut stopped = match Stopped::all(pid, STOP_PATIENCE) {
         Ok(stopped) => stopped,
-        Err(e) if e.is_passing() => return Ok((all_for(Kept::NotStopped), Duration::ZERO)),
+        Err(e) if e.is_passing() => return Ok((all_for(Kept::NotStopped), stopped_before)),
         Err(e) => return Err(e.into()),
     };
     failpoint::pass("free:stopped", pid);
     let decided = decide(&stopped, memory, subjects, &targets, &ours, before.seen.as_ref());
     // A loop that never returns stays in its copy until a stop finds the thread there.
     move_out(&mut stopped, memory, subjects.iter().copied())?;
-    let stop = stopped.resume();
+    let stop = stopped_before + stopped.resume();
     // What was found before says more than that there was no time to find it again.
     let verdicts = match decided {
         Ok(found) => found,

@@ -14,7 +14,8 @@
 //! **What the process sees of it**: nothing. Its first write to each page takes about a microsecond longer. The descriptor
 //! is made by one of its threads, because it belongs to the memory of whoever makes it, and is closed there again at once; a
 //! dyni that is killed between these two calls leaves it open, and nothing is watched by it. From then on it is dyni's alone,
-//! and with it, however dyni ends, the kernel forgets the whole watch.
+//! and with it, however dyni ends, the kernel forgets the whole watch. (A child that is forked between the two has it, too, until
+//! it executes a program or ends; all that follows is that the kernel goes on noting first writes.)
 
 use super::pages::{Area, Pagemap};
 use crate::failpoint;
