@@ -116,18 +116,7 @@ fn watched(
     }
     failpoint::pass("free:watching", pid);
     for _ in 0..ROUNDS {
-        let mut bytes = 0;
-        for area in areas {
-            if !watch.covers(area) {
-                continue;
-            }
-            for run in pagemap.written_till_now(area).unwrap_or_default() {
-                bytes += run.end - run.start;
-                if look.through_run(&run).is_err() {
-                    watch.give_up(area);
-                }
-            }
-        }
+        let bytes: u64 = areas.iter().map(|area| watch.again(pagemap, area, |run| look.through_run(run))).sum();
         if bytes < ENOUGH {
             break;
         }

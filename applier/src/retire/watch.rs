@@ -119,16 +119,31 @@ impl Watch {
         Ok(())
     }
 
+    /// Calls `look` with each run of a covered area that was written since it was looked through last, and watches it on; how
+    /// many bytes that were. Where it can't be told any more, or `look` fails, the area is not covered from then on: the kernel
+    /// may have forgotten some of what was written when it says that it can't tell the rest.
+    pub fn again<E>(
+        &mut self,
+        pagemap: &Pagemap,
+        area: &Area,
+        mut look: impl FnMut(&Range<u64>) -> Result<(), E>,
+    ) -> u64 {
+        if !self.covers(area) {
+            return 0;
+        }
+        let written = pagemap.written_till_now(area);
+        let looked = written.as_ref().is_ok_and(|runs| runs.iter().all(|run| look(run).is_ok()));
+        if !looked {
+            self.watched.retain(|w| w.end <= area.range.start || area.range.end <= w.start);
+        }
+        written.iter().flatten().map(|run| run.end - run.start).sum()
+    }
+
     fn add(&mut self, range: Range<u64>) {
         match self.watched.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => self.watched.push(range),
         }
-    }
-
-    /// An area has to be looked at again.
-    pub fn give_up(&mut self, area: &Area) {
-        self.watched.retain(|w| w.end <= area.range.start || area.range.end <= w.start);
     }
 
     /// Whether all of an area was looked through since it is watched.
@@ -245,6 +260,20 @@ mod tests {
         assert_eq!(pagemap.written(&area).unwrap(), []);
         write(at, 40);
         assert_eq!(pagemap.written(&area).unwrap(), written[1..]);
+        assert_eq!(watch.again(&pagemap, &area, |_| -> Result<(), ()> { Ok(()) }), PAGE);
+        assert!(watch.covers(&area));
+
+        // A new mapping in the place of some of the old one: what was written before it may be forgotten, so nothing counts.
+        write(at, 3);
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let how = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        // SAFETY: over the last page of the mapping above.
+        let last =
+            unsafe { libc::mmap(at.byte_add(((PAGES - 1) * PAGE) as usize), PAGE as usize, protection, how, -1, 0) };
+        assert_ne!(last, libc::MAP_FAILED);
+        watch.again(&pagemap, &area, |_| -> Result<(), ()> { Ok(()) });
+        let head = areas(&maps::mappings(pid).unwrap(), &[0..start, page(PAGES - 1)..u64::MAX]).remove(0);
+        assert!(!watch.covers(&area) && !watch.covers(&head));
 
         // A new mapping at the old place is not what was looked through.
         map(at);
