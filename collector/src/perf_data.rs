@@ -10,7 +10,7 @@
 
 mod error;
 
-use crate::records::Branch;
+use crate::records::{Branch, MAX_BRANCHES, MISC_COMM_EXEC, MISC_CPUMODE, PROT_EXEC, Reader};
 use dyni_schema::{BuildId, FileOffset, RunAddr};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -28,8 +28,6 @@ pub const MAX_BYTES: u64 = 1 << 30;
 const MAX_RECORDS: usize = 1 << 25;
 /// The most events of one file.
 const MAX_EVENTS: usize = 1 << 10;
-/// The most entries that a branch stack is believed to have; processors have 8 to 64.
-const MAX_BRANCHES: u64 = 512;
 
 const HEADER_LEN: u64 = 104;
 const PIPE_HEADER_LEN: u64 = 16;
@@ -80,14 +78,11 @@ const FLAG_FREQ: u64 = 1 << 10;
 const FLAG_SAMPLE_ID_ALL: u64 = 1 << 18;
 /// In `branch_sample_type`: a word stands before the entries.
 const BRANCH_HW_INDEX: u64 = 1 << 17;
-/// In `misc`: where a sample was taken; the mapping is not executable; an `execve`; a build-id instead of an inode, and its
+/// In `misc`: the mapping is not executable; a build-id stands instead of an inode, and its
 /// length is told.
-const MISC_CPUMODE: u16 = 7;
 const MISC_MMAP_DATA: u16 = 1 << 13;
-const MISC_COMM_EXEC: u16 = 1 << 13;
 const MISC_MMAP_BUILD_ID: u16 = 1 << 14;
 const MISC_BUILD_ID_SIZE: u16 = 1 << 15;
-const PROT_EXEC: u32 = 4;
 
 /// What samples were taken at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -171,40 +166,6 @@ pub struct PerfData<'a> {
     ids: HashMap<u64, usize>,
     /// Time and place of every record that may be of use, by time; without one they come as they lie.
     order: Vec<(u64, u32)>,
-}
-
-/// What is left to be read of some bytes.
-#[derive(Clone, Copy)]
-struct Reader<'a>(&'a [u8]);
-
-impl<'a> Reader<'a> {
-    fn take(&mut self, n: usize) -> Option<&'a [u8]> {
-        let (taken, rest) = self.0.split_at_checked(n)?;
-        self.0 = rest;
-        Some(taken)
-    }
-
-    fn u16(&mut self) -> Option<u16> {
-        Some(u16::from_le_bytes(self.take(2)?.try_into().ok()?))
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
-    }
-
-    /// A process or thread ID.
-    fn id(&mut self) -> Option<i32> {
-        self.u32().map(u32::cast_signed)
-    }
-
-    /// A word if the event has it.
-    fn word_if(&mut self, has: bool) -> Option<u64> {
-        if has { self.u64() } else { Some(0) }
-    }
 }
 
 /// Up to the first zero.
@@ -489,8 +450,7 @@ impl<'a> PerfData<'a> {
             let count = r.u64().filter(|&n| n <= MAX_BRANCHES)?;
             r.word_if(event.branch_type & BRANCH_HW_INDEX != 0)?;
             for _ in 0..count {
-                let (from, to, flags) = (RunAddr(r.u64()?), RunAddr(r.u64()?), r.u64()?);
-                stack.push(Branch { from, to, mispredicted: flags & 1 != 0 });
+                stack.push(r.branch()?);
             }
         }
         Some(Some(PerfRecord::Sample { event: index, pid, tid, ip, mode: misc & MISC_CPUMODE, stack }))

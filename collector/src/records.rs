@@ -15,18 +15,18 @@ const SAMPLE: u32 = 9;
 const MMAP2: u32 = 10;
 
 /// In `misc` of a COMM record: the name changed because of an `execve`.
-const MISC_COMM_EXEC: u16 = 1 << 13;
+pub(crate) const MISC_COMM_EXEC: u16 = 1 << 13;
 /// In `misc`: where the sample was taken.
-const MISC_CPUMODE: u16 = 7;
+pub(crate) const MISC_CPUMODE: u16 = 7;
 const MISC_KERNEL: u16 = 1;
 const MISC_USER: u16 = 2;
 /// In `prot` of an MMAP2 record: executable.
-const PROT_EXEC: u32 = 4;
+pub(crate) const PROT_EXEC: u32 = 4;
 
 /// The length of what `sample_id_all` appends to a record: pid, tid, time.
 const TRAILER: usize = 16;
 /// The most entries that a branch stack is believed to have; processors have 8 to 64.
-const MAX_BRANCHES: u64 = 512;
+pub(crate) const MAX_BRANCHES: u64 = 512;
 
 /// One entry of a branch stack, newest first in its stack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,24 +101,43 @@ pub struct Timed {
 #[error("a ring buffer record of type {0} is malformed")]
 pub struct Malformed(pub u32);
 
-struct Reader<'a>(&'a [u8]);
+/// What is left to be read of some bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Reader<'a>(pub &'a [u8]);
 
-impl Reader<'_> {
-    fn u32(&mut self) -> Option<u32> {
-        let (bytes, rest) = self.0.split_first_chunk()?;
+impl<'a> Reader<'a> {
+    pub fn take(&mut self, n: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(n)?;
         self.0 = rest;
-        Some(u32::from_le_bytes(*bytes))
+        Some(taken)
     }
 
-    fn u64(&mut self) -> Option<u64> {
-        let (bytes, rest) = self.0.split_first_chunk()?;
-        self.0 = rest;
-        Some(u64::from_le_bytes(*bytes))
+    pub fn u16(&mut self) -> Option<u16> {
+        Some(u16::from_le_bytes(self.take(2)?.try_into().ok()?))
+    }
+
+    pub fn u32(&mut self) -> Option<u32> {
+        Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
+    }
+
+    pub fn u64(&mut self) -> Option<u64> {
+        Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
     }
 
     /// A process or thread ID; the kernel writes -1 for one outside our PID namespace.
-    fn id(&mut self) -> Option<i32> {
+    pub fn id(&mut self) -> Option<i32> {
         self.u32().map(u32::cast_signed)
+    }
+
+    /// A word if the event has it.
+    pub fn word_if(&mut self, has: bool) -> Option<u64> {
+        if has { self.u64() } else { Some(0) }
+    }
+
+    /// An entry of a branch stack.
+    pub fn branch(&mut self) -> Option<Branch> {
+        let (from, to, flags) = (RunAddr(self.u64()?), RunAddr(self.u64()?), self.u64()?);
+        Some(Branch { from, to, mispredicted: flags & 1 != 0 })
     }
 }
 
@@ -152,8 +171,7 @@ fn sample(misc: u16, body: &[u8], with_stack: bool, branches: &mut Vec<Branch>) 
             return None;
         }
         for _ in 0..count {
-            let (from, to, flags) = (RunAddr(r.u64()?), RunAddr(r.u64()?), r.u64()?);
-            branches.push(Branch { from, to, mispredicted: flags & 1 != 0 });
+            branches.push(r.branch()?);
         }
     }
     let event = match misc & MISC_CPUMODE {
